@@ -1,0 +1,148 @@
+"""Rule-based rewards: what a completion earns. Every reward is (problems, completions) -> list[float].
+
+Completions are hostile input. They are bounded, parsed by hand and never evaluated; any text at all
+gets a score, and quickly. Arithmetic is exact: 8/(3-8/3) makes 24 and nothing else does by rounding.
+
+    python -c "import data, rewards; print(rewards.accuracy([data.countdown_problem((3, 7, 2), 20)], ['<answer>(3+7)*2</answer>']))"
+"""
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from model import BadInput, opt
+
+MAX_COMPLETION = 200_000  # characters; what is longer has neither thinking nor answer
+MAX_ANSWER = 120  # characters; keeps an honest answer and bounds what the parser can be made to do
+
+
+@dataclass
+class RewardConfig:
+    w_accuracy: float = opt(1.0, "weight of a right answer")
+    w_format: float = opt(0.2, "weight of <think>...</think><answer>...</answer>")
+
+    def check(self):
+        """Raises BadInput if no reward has a weight."""
+        if not any(vars(self).values()):
+            raise BadInput("all reward weights are 0: set --w_accuracy, or another, above 0")
+
+
+# ------------------------------------------------------------------------------------------------
+# Reading a completion
+
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+TAG = re.compile("|".join(TAGS))
+
+
+def split_completion(text):
+    """(thinking, answer) of a completion, each None where it is missing. Tags out of order, nested, doubled
+    or left open make both None: an answer that could be read two ways is no answer."""
+    if len(text) > MAX_COMPLETION:
+        return None, None
+    tags, parts = TAG.findall(text), TAG.split(text)
+    if tags == TAGS:
+        return parts[1], parts[3].strip()
+    if tags == TAGS[1:]:  # the prompt may have opened the thinking already
+        return parts[0], parts[2].strip()
+    if tags == TAGS[2:]:
+        return None, parts[1].strip()
+    if tags == TAGS[:2]:
+        return parts[1], None
+    return None, None
+
+
+# ------------------------------------------------------------------------------------------------
+# Verifiers: (problem, answer) -> (the answer in normal form or None, whether it is right)
+
+
+def parse_expression(text):
+    """Whole numbers, + - * / and brackets -> (value, numbers used, normal form), or None if it is anything
+    else, too long, or divides by zero. The normal form does not depend on the order of summands and factors."""
+    if len(text) > MAX_ANSWER:
+        return None
+    tokens, numbers = re.findall(r"[0-9]+|\S", text.translate(str.maketrans("×÷−", "*/-")))[::-1], []
+
+    def atom():
+        token = tokens.pop() if tokens else ""
+        if token == "(":
+            node = chain(product, "+-")
+            if not tokens or tokens.pop() != ")":
+                raise ValueError("bracket left open")
+            return node
+        if not re.fullmatch("0|[1-9][0-9]*", token):
+            raise ValueError("not a number")
+        numbers.append(int(token))
+        return Fraction(token), token
+
+    def product():
+        return chain(atom, "*/")
+
+    def chain(operand, ops):
+        value, form = operand()
+        while tokens and tokens[-1] in ops:
+            op, (other, other_form) = tokens.pop(), operand()
+            value = {"+": value.__add__, "-": value.__sub__, "*": value.__mul__, "/": value.__truediv__}[op](other)
+            form = "(" + op.join(sorted((form, other_form)) if op in "+*" else (form, other_form)) + ")"
+        return value, form
+
+    try:
+        value, form = chain(product, "+-")
+    except (ValueError, ZeroDivisionError):
+        return None
+    return None if tokens else (value, numbers, form)
+
+
+def verify_countdown(problem, answer):
+    """Right if the expression has exactly the target's value and uses every number exactly once."""
+    parsed = parse_expression(answer)
+    if parsed is None:
+        return None, False
+    value, numbers, form = parsed
+    return form, value == problem.target and sorted(numbers) == sorted(problem.numbers)
+
+
+def verify_number(problem, answer):
+    """Right if the answer is the target, written as a whole number (the question itself is no answer)."""
+    if not re.fullmatch("-?[0-9]{1,20}", answer):
+        return None, False
+    return str(int(answer)), int(answer) == problem.target
+
+
+VERIFIERS = {"countdown": verify_countdown, "arithmetic": verify_number}
+
+
+def verify(problem, completion):
+    """(normal form of the answer or None, whether it is right) for a whole completion."""
+    answer = split_completion(completion)[1]
+    return VERIFIERS[problem.task](problem, answer) if answer else (None, False)
+
+
+# ------------------------------------------------------------------------------------------------
+# Rewards
+
+
+def accuracy(problems, completions):
+    """1 for a right answer between <answer> tags, else 0."""
+    return [float(verify(p, c)[1]) for p, c in zip(problems, completions, strict=True)]
+
+
+def format_reward(problems, completions):
+    """1 for <think>...</think><answer>...</answer> with an answer in it and nothing around it, else 0."""
+    return [float(has_format(c)) for c in completions]
+
+
+def has_format(text):
+    if len(text) > MAX_COMPLETION or TAG.findall(text) != TAGS:
+        return False
+    before, _, between, answer, after = TAG.split(text)
+    return bool(answer.strip()) and not (before + between + after).strip()
+
+
+REWARDS = {"accuracy": accuracy, "format": format_reward}  # a new reward: a line here and a weight w_NAME above
+
+
+def score(problems, completions, cfg):
+    """Every reward with a weight: (totals (N,), {name: values (N,)}), as lists of floats."""
+    weights = {name: getattr(cfg, f"w_{name}") for name in REWARDS}
+    parts = {name: REWARDS[name](problems, completions) for name, weight in weights.items() if weight}
+    totals = [sum(weights[name] * parts[name][i] for name in parts) for i in range(len(completions))]
+    return totals, parts

@@ -1,0 +1,496 @@
+"""The DeepSeek-R1 pipeline on a laptop: this file turns the other four into runs.
+
+    toy corpus ──next token──► base ──GRPO, accuracy + format rewards──► zero
+                               DeepSeek-V3-Base                          DeepSeek-R1-Zero
+
+    python train.py                             # base, then zero, then a table that compares them
+    python train.py base                        # one stage, and whatever it needs and does not find
+    python train.py --task=arithmetic --out_dir=out-arithmetic
+    python train.py --rl_steps=300              # goes on from where a finished run stopped
+    python train.py eval --ckpt=out/zero/ckpt.pt
+    python train.py --help                      # every setting, its unit and its default
+
+A run lies in --out_dir: STAGE/ckpt.pt, metrics.jsonl (a line a step), eval.json, samples.jsonl. The same
+command again resumes a stage that was cut short and skips one that is done.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import rewards
+from data import DataConfig
+from grpo import GRPOConfig, group_advantages, grpo_step, resample_equal_groups, rollout
+from model import GPT, BadInput, GPTConfig, load_checkpoint, load_model, opt, save_checkpoint
+from rewards import RewardConfig
+
+# ------------------------------------------------------------------------------------------------
+# Configuration: default < stage < command line
+
+
+@dataclass
+class TrainConfig:
+    out_dir: str = opt("out", "folder that everything is written to")
+    seed: int = opt(1, "every random choice follows from it")
+    device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
+    threads: int = opt(0, "CPU threads; 0 = one a core")
+    base_steps: int = opt(600, "optimiser steps of next-token training")
+    base_lr: float = opt(1e-2, "its peak learning rate")
+    base_rows: int = opt(32, "rows of packed documents a step")
+    base_length: int = opt(256, "tokens a row")
+    rl_steps: int = opt(60, "GRPO steps")
+    rl_lr: float = opt(1e-3, "learning rate of GRPO")
+    rl_warmup: int = opt(5, "GRPO steps until the learning rate is reached")
+    eval_every: int = opt(20, "GRPO steps between short evaluations; 0 = none")
+    eval_samples: int = opt(16, "completions of each held-out problem in an evaluation")
+    save_every: int = opt(20, "GRPO steps between checkpoints; next-token training saves every 10 times as many")
+    ckpt: str = opt("", "checkpoint for `eval`")
+
+    def check(self):
+        """Raises BadInput, naming the setting, on a value that cannot be run."""
+        for name in ("base_steps", "base_rows", "base_length", "rl_steps", "rl_warmup", "eval_samples", "save_every"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name}={getattr(self, name)} must be at least 1")
+        if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
+            raise BadInput(f"device={self.device!r} is not auto, cpu or cuda")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise BadInput(f"device={self.device!r}, but torch finds no GPU; use --device=cpu")
+
+
+@dataclass
+class Config:
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def with_settings(self, settings):
+        """A copy with {field name: value} set wherever a field of that name is."""
+        groups = {g.name: getattr(self, g.name) for g in fields(self)}
+        return Config(**{name: replace(group, **{f.name: settings[f.name] for f in fields(group) if f.name in settings})
+                         for name, group in groups.items()})
+
+    def settings(self):
+        return {name: value for group in asdict(self).values() for name, value in group.items()}
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return text.lower() in ("true", "1")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """argparse would print all of the usage first; the one line that matters is enough."""
+        self.exit(2, f"{self.prog}: {message} (python {self.prog} --help lists the settings)\n")
+
+
+def parse(argv):
+    """Command line -> (stages or commands, {setting: value} as given)."""
+    parser = Parser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default zero), or the command eval")
+    for group in fields(Config):
+        section = parser.add_argument_group(group.name)
+        for f in fields(group.default_factory):
+            help = f"{f.metadata['help']} (default {f.default if f.default != '' else 'none'})".replace("%", "%%")
+            section.add_argument(f"--{f.name}", type=boolean if f.type is bool else f.type, metavar=f.type.__name__, help=help)
+    given = vars(parser.parse_args(argv))
+    words = given.pop("words", None) or ["zero"]
+    for word in words:
+        if word not in STAGES and words != ["eval"]:
+            parser.error(f"there is no stage {word!r}: choose from {', '.join(STAGES)}, or eval alone")
+    return words, given
+
+
+def rng(*key):
+    """A Python and a torch generator made from `key` and nothing else. Every step makes its own from (seed,
+    stage, step): a resumed run draws what an uninterrupted one would have, with no state to save."""
+    python = random.Random("/".join(map(str, key)))
+    return python, torch.Generator().manual_seed(python.getrandbits(60))
+
+
+# ------------------------------------------------------------------------------------------------
+# A stage's folder
+
+
+class Run:
+    """One stage under way: its settings, its folder, and how it stops and goes on."""
+
+    def __init__(self, name, given):
+        self.name, self.stage = name, STAGES[name]
+        self.tok = data.load_tokenizer()
+        self.cfg = Config().with_settings({"vocab_size": self.tok.n_vocab, **self.stage.overrides, **given})
+        for group in fields(self.cfg):
+            getattr(self.cfg, group.name).check()
+        self.device = torch.device("cuda" if self.cfg.train.device == "auto" and torch.cuda.is_available()
+                                   else self.cfg.train.device.replace("auto", "cpu"))
+        self.dir = os.path.join(self.cfg.train.out_dir, name)
+        try:
+            os.makedirs(self.dir, exist_ok=True)
+            with open(self.path("metrics.jsonl"), "a"):
+                pass
+        except OSError as e:
+            raise BadInput(f"cannot write to {self.dir} ({e.strerror}): choose another --out_dir") from None
+        self.seconds = 0.0
+        self.saved = load_checkpoint(self.path("ckpt.pt")) if os.path.exists(self.path("ckpt.pt")) else None
+        if self.saved:
+            self.refuse_contradictions()
+
+    def path(self, file):
+        return os.path.join(self.dir, file)
+
+    def refuse_contradictions(self):
+        """Going on with other settings would make one run out of two, so BadInput names them."""
+        now, then = self.cfg.settings(), self.saved["settings"]
+        other = [f"{k}={then.get(k)}, not {now[k]}" for k in self.stage.shaped_by if now[k] != then.get(k)]
+        if other:
+            raise BadInput(f"{self.dir} was trained with {'; '.join(other)}: choose another --out_dir, or delete {self.dir}")
+
+    def steps_done(self):
+        return self.saved["step"] if self.saved else 0
+
+    def resume(self, model, optimizers, ref=None):
+        """Puts everything back as it was and returns the step to go on from, 0 for a fresh start."""
+        step = self.steps_done()
+        if step:
+            model.load_state_dict(self.saved["model"])
+            for optimizer, state in zip(optimizers, self.saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            if ref is not None and self.saved["ref"]:
+                ref.load_state_dict(self.saved["ref"])
+            self.seconds = self.saved["seconds"]
+            print(f"{self.name}: resuming at step {step}")
+        with open(self.path("metrics.jsonl")) as f:  # lines past the checkpoint will be written again
+            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(self.path("metrics.jsonl"), "w") as f:
+            f.writelines(lines)
+        return step
+
+    def save(self, step, model, optimizers, ref=None):
+        save_checkpoint(self.path("ckpt.pt"), {
+            "stage": self.name, "step": step, "seconds": self.seconds, "settings": self.cfg.settings(),
+            "model_config": asdict(model.cfg), "model": model.state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers], "ref": ref.state_dict() if ref is not None else None})
+
+    def log(self, metrics):
+        with open(self.path("metrics.jsonl"), "a") as f:
+            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------
+# The mechanics: next-token training, and RL
+
+
+def make_optimizers(model, lr):
+    """Muon for the matrices of the blocks, AdamW for embedding and norms."""
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or not name.startswith("blocks.")]
+    return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def set_lr(optimizers, lr):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+
+def sft_loop(run, model, batch_fn, steps, lr):
+    """Next-token training on `batch_fn(step)` -> ids (N, T) and the mask (N, T) of tokens to learn."""
+    optimizers = make_optimizers(model, lr)
+    start, window = run.resume(model, optimizers), []
+    for step in tqdm(range(start, steps), initial=start, total=steps, desc=run.name, disable=None):
+        t0 = time.time()
+        set_lr(optimizers, lr * min((step + 1) / 50, (steps - step) / (0.6 * steps), 1.0))  # warm up, hold, decay to 0
+        tokens, mask = (x.to(run.device) for x in batch_fn(step))
+        mask = mask[:, 1:]
+        loss = F.cross_entropy(model.head(model.trunk(tokens[:, :-1])[mask]), tokens[:, 1:][mask])
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        run.seconds += time.time() - t0
+        window.append({"step": step + 1, "loss": loss.item(), "grad_norm": grad_norm.item(), "tokens": int(mask.sum()),
+                       "seconds": run.seconds})
+        run.log(window[-1])
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            loss = sum(m["loss"] for m in window) / len(window)
+            took = window[-1]["seconds"] - window[0]["seconds"] + 1e-9
+            tqdm.write(f"{run.name} {step + 1:4d}/{steps}  loss {loss:.4f}  grad {window[-1]['grad_norm']:.2f}  "
+                       f"{sum(m['tokens'] for m in window[1:]) / took:,.0f} tok/s  {run.seconds:.0f} s")
+            window = []
+        if (step + 1) % (10 * run.cfg.train.save_every) == 0 or step + 1 == steps:
+            run.save(step + 1, model, optimizers)
+
+
+def rl_loop(run, model, ref, draw, reward_fn, check):
+    """GRPO on problems from `draw(rng)`; `check(model)` is called for a short evaluation now and then."""
+    cfg, tok, steps = run.cfg, run.tok, run.cfg.train.rl_steps
+    optimizers = make_optimizers(model, cfg.train.rl_lr)
+    start = run.resume(model, optimizers, ref)
+    for step in tqdm(range(start, steps), initial=start, total=steps, desc=run.name, disable=None):
+        t0 = time.time()
+        set_lr(optimizers, cfg.train.rl_lr * min((step + 1) / cfg.train.rl_warmup, 1.0))
+        python, generator = rng(cfg.train.seed, run.name, step)
+
+        def sample(n):
+            problems = [draw(python) for _ in range(n)]
+            prompts = [tok.encode(p.prompt) for p in problems]
+            return rollout(model, problems, prompts, reward_fn, cfg.grpo, generator, tok.stop_ids, tok.pad_id)
+
+        first = sample(cfg.grpo.prompts_per_step)  # what the log speaks of, whatever is resampled
+        batch = resample_equal_groups(first, sample, cfg.grpo.resample_equal)
+        t1 = time.time()
+        metrics = grpo_step(model, ref, optimizers, batch, cfg.grpo, generator)
+        if ref is not None and cfg.grpo.ref_every and (step + 1) % cfg.grpo.ref_every == 0:
+            ref.load_state_dict(model.state_dict())
+
+        n_tokens, took = int(batch.mask.sum()), time.time() - t0
+        run.seconds += took
+        equal = ~group_advantages(first.rewards).any(dim=1)
+        best, worst = first.parts["accuracy"].amax(1), first.parts["accuracy"].amin(1)
+        share = lambda x: x.double().mean().item()
+        metrics = {
+            "step": step + 1, "reward": share(first.rewards), **{name: share(x) for name, x in first.parts.items()},
+            "length": first.mask.sum().item() / len(first.mask), **metrics,
+            "equal": share(equal), "all_right": share(equal & (worst == 1)), "all_wrong": share(equal & (best == 0)),
+            "truncated": share(first.truncated), "tokens_per_s": n_tokens / took,
+            "sample_s": t1 - t0, "update_s": took - (t1 - t0), "seconds": run.seconds}
+        run.log(metrics)
+        parts = "  ".join(f"{name} {metrics[name]:.2f}" for name in first.parts)
+        tqdm.write(f"{run.name} {step + 1:4d}/{steps}  reward {metrics['reward']:.2f}  {parts}  length {metrics['length']:5.1f}  "
+                   f"kl {metrics['kl']:.3f}  clip {metrics['clip']:.3f}  entropy {metrics['entropy']:.2f}  grad {metrics['grad_norm']:.2f}  "
+                   f"equal {metrics['equal']:.2f} (right {metrics['all_right']:.2f} wrong {metrics['all_wrong']:.2f})  "
+                   f"truncated {metrics['truncated']:.2f}  {metrics['tokens_per_s']:,.0f} tok/s  {took:.1f} s")
+        if (step + 1) % cfg.train.save_every == 0 or step + 1 == steps:
+            run.save(step + 1, model, optimizers, ref if cfg.grpo.ref_every else None)
+        if cfg.train.eval_every and (step + 1) % cfg.train.eval_every == 0 and step + 1 < steps:
+            check(model)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def pass_at_k(n, c, k):
+    """Chance that k of n samples, c of them right, hold a right one: unbiased (arXiv 2107.03374). Needs k <= n."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority(verdicts):
+    """cons@k: is the most frequent answer right? `verdicts` are (normal form or None, right) of k samples.
+    Samples without an answer do not vote; of equally frequent answers the one sampled first wins."""
+    votes = Counter(form for form, _ in verdicts if form is not None)
+    return bool(votes) and dict(verdicts)[max(votes, key=votes.get)]
+
+
+def evaluate(model, tok, problems, k, max_new_tokens, temperature=1.0):
+    """k completions of each problem -> (metrics, samples), samples being one dict a completion.
+    pass@1's interval is the normal 95 % one over problems, whose k samples are not independent."""
+    _, generator = rng("evaluate")
+    samples = []
+    for i in tqdm(range(0, len(problems), 32), desc="evaluate", leave=False, disable=None):
+        chunk = problems[i:i + 32]
+        out = model.generate([tok.encode(p.prompt) for p in chunk], k, max_new_tokens=max_new_tokens,
+                             temperature=temperature, stop_ids=tok.stop_ids, generator=generator, pad_id=tok.pad_id)
+        for j, ids in enumerate(out.completions()):
+            problem, text = chunk[j // k], tok.decode(ids)
+            form, right = rewards.verify(problem, text)
+            samples.append({"prompt": problem.prompt, "completion": text, "answer": form, "right": right,
+                            "format": rewards.has_format(text), "length": len(ids), "truncated": bool(out.truncated[j]),
+                            "rechecks": data.goes_on_after_a_miss(text)})
+    groups = [samples[i:i + k] for i in range(0, len(samples), k)]
+    right = torch.tensor([[s["right"] for s in group] for group in groups]).double()  # (problems, k)
+    mean, half = right.mean().item(), 1.96 * right.mean(dim=1).std().item() / len(groups) ** 0.5 if len(groups) > 1 else 1.0
+    share = lambda key: sum(s[key] for s in samples) / len(samples)
+    metrics = {
+        "pass@1": mean, "pass@1_ci": [max(0.0, mean - half), min(1.0, mean + half)],
+        f"pass@{k}": sum(pass_at_k(k, int(c), k) for c in right.sum(dim=1)) / len(groups),
+        f"cons@{k}": sum(majority([(s["answer"], s["right"]) for s in group]) for group in groups) / len(groups),
+        "format": share("format"), "length": share("length"), "truncated": share("truncated"), "rechecks": share("rechecks"),
+        "problems": len(problems), "samples": k, "temperature": temperature}
+    return metrics, samples
+
+
+def final_evaluation(model, tok, cfg, folder):
+    """Sampled and greedy results on the held-out problems of cfg.data.task, into FOLDER/eval.json."""
+    problems = data.eval_problems(cfg.data, cfg.data.eval_problems)
+    metrics, samples = evaluate(model, tok, problems, cfg.train.eval_samples, cfg.grpo.max_new_tokens, cfg.grpo.temperature)
+    metrics["pass@1_greedy"] = evaluate(model, tok, problems, 1, cfg.grpo.max_new_tokens, temperature=0.0)[0]["pass@1"]
+    results = read_results(folder)
+    results[cfg.data.task] = metrics
+    with open(os.path.join(folder, "eval.json"), "w") as f:
+        json.dump(results, f, indent=1)
+    with open(os.path.join(folder, "samples.jsonl"), "w") as f:
+        f.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples[:64 * cfg.train.eval_samples])
+    return metrics
+
+
+def read_results(folder):
+    path = os.path.join(folder, "eval.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path) as f:
+        return json.load(f)
+
+
+def print_table(columns):
+    """{column's name: metrics} as a table, a line a metric."""
+    rows = [("pass@1, sampled", lambda m: f"{m['pass@1']:.1%}"),
+            ("  95 % interval", lambda m: "{:.1%} - {:.1%}".format(*m["pass@1_ci"])),
+            ("pass@1, greedy", lambda m: f"{m['pass@1_greedy']:.1%}"),
+            ("pass@k", lambda m: f"{m['pass@%d' % m['samples']]:.1%}"),
+            ("cons@k, majority vote", lambda m: f"{m['cons@%d' % m['samples']]:.1%}"),
+            ("format", lambda m: f"{m['format']:.1%}"),
+            ("mean length, tokens", lambda m: f"{m['length']:.1f}"),
+            ("goes on after a miss", lambda m: f"{m['rechecks']:.1%}"),
+            ("cut at max_new_tokens", lambda m: f"{m['truncated']:.1%}"),
+            ("held-out problems x samples", lambda m: f"{m['problems']} x {m['samples']}")]
+    print("\n" + f"{'':28s}" + "".join(f"{name:>18s}" for name in columns))
+    for title, cell in rows:
+        print(f"{title:28s}" + "".join(f"{cell(m):>18s}" for m in columns.values()))
+    print()
+
+
+def plot_curves(folder):
+    """curves.png beside metrics.jsonl, if matplotlib happens to be installed."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    with open(os.path.join(folder, "metrics.jsonl")) as f:
+        lines = [json.loads(line) for line in f]
+    names = [n for n in ("loss", "accuracy", "format", "length", "kl", "entropy") if n in lines[0] and not (n == "loss" and "kl" in lines[0])]
+    figure, axes = pyplot.subplots(1, len(names), figsize=(3.2 * len(names), 2.6), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        axis.plot([m["step"] for m in lines], [m[name] for m in lines], linewidth=1)
+        axis.set(title=name, xlabel="step")
+    figure.tight_layout()
+    figure.savefig(os.path.join(folder, "curves.png"), dpi=120)
+    pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------
+# The stages, in the paper's order
+
+
+def train_base(run):
+    """DeepSeek-V3-Base's part: read a corpus of mixed quality, token by token."""
+    cfg = run.cfg
+    torch.manual_seed(cfg.train.seed)
+    model = GPT(cfg.model).to(run.device)
+
+    def batch(step):
+        return data.corpus_batch(cfg.data, run.tok, rng(cfg.train.seed, "base", step)[0], cfg.train.base_rows, cfg.train.base_length + 1)
+
+    sft_loop(run, model, batch, cfg.train.base_steps, cfg.train.base_lr)
+    return model
+
+
+def train_zero(run):
+    """R1-Zero: GRPO straight on the base model, with nothing but rule-based rewards."""
+    cfg, tok = run.cfg, run.tok
+    model = load_model(os.path.join(cfg.train.out_dir, "base", "ckpt.pt"), run.device)
+    ref = copy.deepcopy(model).requires_grad_(False) if cfg.grpo.kl_coef else None
+    held_out = data.eval_problems(cfg.data, 100)
+
+    def draw(python):
+        return data.draw_problem(cfg.data, python)
+
+    def reward_fn(problems, completions):
+        return rewards.score(problems, [tok.decode(ids) for ids in completions], cfg.rewards)
+
+    def check(model):
+        metrics, samples = evaluate(model, tok, held_out, 4, cfg.grpo.max_new_tokens, cfg.grpo.temperature)
+        tqdm.write(f"held out: pass@1 {metrics['pass@1']:.1%}  format {metrics['format']:.1%}  length {metrics['length']:.1f}   for example:\n")
+        tqdm.write("    " + (samples[0]["prompt"] + samples[0]["completion"]).replace("\n", "\n    ") + "\n")
+
+    rl_loop(run, model, ref, draw, reward_fn, check)
+    return model
+
+
+@dataclass(frozen=True)
+class Stage:
+    train: callable   # (run) -> trained model
+    parent: str       # the stage whose checkpoint it starts from
+    overrides: dict   # its own defaults
+    shaped_by: list   # the settings that may not change once it has begun
+
+
+def names(cls, *left_out):
+    return [f.name for f in fields(cls) if f.name not in left_out]
+
+
+WORLD = names(DataConfig, "task", "eval_problems") + ["seed"]
+STAGES = {
+    "base": Stage(train_base, None, {}, names(GPTConfig) + WORLD + ["base_steps", "base_lr", "base_rows", "base_length"]),
+    "zero": Stage(train_zero, "base", {}, WORLD + ["task", "rl_lr", "rl_warmup"] + names(RewardConfig) + names(GRPOConfig, "micro_tokens")),
+}
+
+
+def run_stage(name, given):
+    """Runs a stage and first whatever it needs, each only if it is not done; returns its Run."""
+    stage = STAGES[name]
+    parent = run_stage(stage.parent, given) if stage.parent else None
+    run = Run(name, given)
+    steps = run.cfg.train.base_steps if name == "base" else run.cfg.train.rl_steps
+    task = run.cfg.data.task
+    if run.steps_done() >= steps:
+        print(f"{name}: done ({run.path('ckpt.pt')}, {run.steps_done()} steps)")
+        model = None
+    else:
+        print(f"{name}: {steps} steps on {run.device}, into {run.dir}")
+        model = stage.train(run)
+        plot_curves(run.dir)
+    if model is not None or task not in read_results(run.dir):
+        model = model or load_model(run.path("ckpt.pt"), run.device)
+        final_evaluation(model, run.tok, run.cfg, run.dir)
+    columns = {r.name: read_results(r.dir)[task] for r in (parent, run) if r}
+    if name != "base":
+        print_table(columns)
+    return run
+
+
+def run_eval(given):
+    """`eval`: the final evaluation of any checkpoint, into the folder it lies in."""
+    cfg = Config().with_settings(given)
+    cfg.data.check()
+    cfg.train.check()
+    path = cfg.train.ckpt or os.path.join(cfg.train.out_dir, "zero", "ckpt.pt")
+    model = load_model(path, "cpu")
+    print_table({path: final_evaluation(model, data.load_tokenizer(), cfg, os.path.dirname(path))})
+
+
+def main(argv):
+    words, given = parse(argv)
+    try:
+        if given.get("threads"):
+            torch.set_num_threads(given["threads"])
+        if words == ["eval"]:
+            return run_eval(given)
+        for word in words:
+            run_stage(word, given)
+    except BadInput as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
