@@ -27,12 +27,12 @@ def opt(default, help):
 @dataclass
 class GPTConfig:
     vocab_size: int = opt(512, "token ids; train.py sets it to the tokenizer's")
-    n_layer: int = opt(4, "transformer blocks")
-    n_embd: int = opt(64, "width of the residual stream")
+    n_layer: int = opt(3, "transformer blocks")
+    n_embd: int = opt(128, "width of the residual stream")
     n_head: int = opt(4, "query heads")
-    n_kv_head: int = opt(2, "key/value heads, each shared by n_head / n_kv_head query heads")
-    head_dim: int = opt(0, "width of a head; 0 = n_embd / n_head")
-    mlp_dim: int = opt(192, "hidden width of the SwiGLU MLP")
+    n_kv_head: int = opt(1, "key/value heads, each shared by n_head / n_kv_head query heads")
+    head_dim: int = opt(16, "width of a head; 0 = n_embd / n_head")
+    mlp_dim: int = opt(256, "hidden width of the SwiGLU MLP")
     context: int = opt(512, "longest sequence, in tokens")
     rope_theta: float = opt(10000.0, "RoPE base")
     norm_eps: float = opt(1e-6, "RMSNorm epsilon")
