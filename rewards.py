@@ -30,15 +30,19 @@ class RewardConfig:
 # Reading a completion
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
-TAG = re.compile("|".join(TAGS))
+TAG = re.compile(f"({'|'.join(TAGS)})")
+
+
+def split_at_tags(text):
+    """The tags of a text in order, and the parts between them, both lists. Stops after five tags: already wrong."""
+    pieces = TAG.split(text, maxsplit=5) if len(text) <= MAX_COMPLETION else [text]
+    return pieces[1::2], pieces[0::2]
 
 
 def split_completion(text):
     """(thinking, answer) of a completion, each None where it is missing. Tags out of order, nested, doubled
     or left open make both None: an answer that could be read two ways is no answer."""
-    if len(text) > MAX_COMPLETION:
-        return None, None
-    tags, parts = TAG.findall(text), TAG.split(text)
+    tags, parts = split_at_tags(text)
     if tags == TAGS:
         return parts[1], parts[3].strip()
     if tags == TAGS[1:]:  # the prompt may have opened the thinking already
@@ -131,9 +135,10 @@ def format_reward(problems, completions):
 
 
 def has_format(text):
-    if len(text) > MAX_COMPLETION or TAG.findall(text) != TAGS:
+    tags, parts = split_at_tags(text)
+    if tags != TAGS:
         return False
-    before, _, between, answer, after = TAG.split(text)
+    before, _, between, answer, after = parts
     return bool(answer.strip()) and not (before + between + after).strip()
 
 
