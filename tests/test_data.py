@@ -1,0 +1,176 @@
+"""The toy world: any text round-trips, every problem can be solved, nothing held out is ever trained on."""
+import itertools
+import random
+import re
+from fractions import Fraction
+
+import pytest
+
+import data
+from data import DataConfig, corpus_batch, countdown_problem, document, draw_habits, draw_problem, load_tokenizer
+from model import BadInput
+from rewards import parse_expression, verify
+
+TOK = load_tokenizer()
+CHECK = re.compile(r"^(\d+)([-+*/])(\d+)=(\d+)(?: vs | 比 )(\d+)( yes| 对了| no| 不对)$", re.M)
+STEP = re.compile(r"^(\d+)([-+*/])(\d+)=(\d+)", re.M)
+
+
+def countdown_documents(n, cfg=DataConfig(), seed=0):
+    rng = random.Random(seed)
+    for _ in range(n):
+        problem, habits = draw_problem(cfg, rng, "countdown"), draw_habits(rng)
+        yield (problem, habits, *data.write_countdown(problem, cfg, habits, rng))
+
+
+# ---------------------------------------------------------------------------------------- tokenizer
+
+
+@pytest.mark.parametrize("text", ["", "hello", "世界 剩 对了", "𝔘\x00\x7f\r\n\t", "1234567890", "07 100 99", "<think>\n</think>", "<|end|><|pad|>", "e\u0301", "".join(map(chr, range(0x3000)))])
+def test_any_text_round_trips(text):
+    assert TOK.decode(TOK.encode(text)) == text
+
+
+def test_text_cannot_forge_special_tokens():
+    ids = TOK.encode("<|end|> <|pad|>")
+    assert TOK.end_id not in ids and TOK.pad_id not in ids and TOK.end_id != TOK.pad_id
+
+
+def test_numbers_and_words_of_the_toy_world_are_single_tokens():
+    for piece in [str(n) for n in range(100)] + data.PIECES:
+        assert len(TOK.encode(piece)) == 1, piece
+
+
+def test_unknown_ids_and_broken_utf8_decode_without_an_error():
+    assert TOK.decode([TOK.end_id, 65, 10**6, TOK.pad_id]) == "A"
+    assert TOK.decode([0xE4, 0xB8]) == "\ufffd"
+
+
+# ---------------------------------------------------------------------------------------- problems
+
+
+def all_values(numbers):
+    """Every value of every expression over all the numbers, by brute force over splits."""
+    if len(numbers) == 1:
+        return {Fraction(numbers[0])}
+    values = set()
+    for bits in range(1, 2 ** len(numbers) - 1):
+        left = tuple(n for i, n in enumerate(numbers) if bits >> i & 1)
+        right = tuple(n for i, n in enumerate(numbers) if not bits >> i & 1)
+        for a, b in itertools.product(all_values(left), all_values(right)):
+            values |= {a + b, a - b, a * b} | ({a / b} if b else set())
+    return values
+
+
+@pytest.mark.parametrize("cfg", [DataConfig(), DataConfig(n_numbers=2), DataConfig(n_numbers=4), DataConfig(max_number=99, ops="+-"), DataConfig(ops="+-*/")])
+def test_every_target_can_be_reached(cfg):
+    rng = random.Random(0)
+    for _ in range(40):
+        problem = draw_problem(cfg, rng, "countdown")
+        assert len(problem.numbers) == cfg.n_numbers and all(1 <= n <= cfg.max_number for n in problem.numbers)
+        assert problem.target in all_values(problem.numbers)
+        assert problem.question == f"make {problem.target} from {', '.join(map(str, problem.numbers))}"
+
+
+def test_arithmetic_targets_are_the_values_of_their_expressions():
+    rng = random.Random(0)
+    for _ in range(300):
+        problem = draw_problem(DataConfig(), rng, "arithmetic")
+        assert parse_expression(problem.question.removeprefix("what is "))[0] == problem.target
+
+
+@pytest.mark.parametrize("task", ["countdown", "arithmetic"])
+def test_training_and_evaluation_problems_are_disjoint_in_any_order_of_the_numbers(task):
+    cfg, rng = DataConfig(task=task), random.Random(0)
+    held_out = {(tuple(sorted(p.numbers)), p.target) for p in data.eval_problems(cfg, 500)}
+    trained = {(tuple(sorted(p.numbers)), p.target) for p in (draw_problem(cfg, rng) for _ in range(5000))}
+    assert not held_out & trained and len(trained) > 700
+    assert countdown_problem((3, 7, 2), 20).held_out == countdown_problem((2, 3, 7), 20).held_out
+
+
+def test_there_are_500_distinct_evaluation_problems_and_always_the_same():
+    for task, n in (("countdown", 500), ("arithmetic", 396)):  # there are no more sums of this kind
+        problems = data.eval_problems(DataConfig(task=task), 500)
+        assert len({p.key for p in problems}) == n and problems == data.eval_problems(DataConfig(task=task), 500)
+
+
+def test_wrong_settings_are_refused_by_name():
+    for wrong in ({"task": "chess"}, {"n_numbers": 5}, {"max_number": 100}, {"ops": "^"}, {"ops": "/"}, {"ops": ""}, {"eval_problems": 0}):
+        with pytest.raises(BadInput, match=next(iter(wrong))):
+            DataConfig(**wrong).check()
+
+
+# ---------------------------------------------------------------------------------------- corpus
+
+
+def test_no_document_of_the_corpus_is_about_a_held_out_problem():
+    rng = random.Random(0)
+    held_out = {p.key for p in data.eval_problems(DataConfig(), 500)}
+    for _ in range(5000):
+        prompt, _ = document(DataConfig(), rng)
+        asked = re.match(r"User: make (\d+) from (.*)\n", prompt)
+        if asked:
+            problem = countdown_problem(tuple(map(int, asked[2].split(", "))), int(asked[1]))
+            assert not problem.held_out and problem.key not in held_out
+
+
+@pytest.mark.parametrize("cfg", [DataConfig(), DataConfig(n_numbers=4, max_number=20, ops="+-*/"), DataConfig(n_numbers=2)])
+def test_authors_calculate_and_check_correctly(cfg):
+    hits = 0
+    for problem, habits, lines, answer in countdown_documents(400, cfg):
+        text = "".join(lines)
+        for a, op, b, c in STEP.findall(text):
+            assert parse_expression(f"{a}{op}{b}")[0] == int(c)
+        for *_, c, target, verdict in CHECK.findall(text):
+            assert int(target) == problem.target and (verdict in (" yes", " 对了")) == (int(c) == problem.target)
+        right = verify(problem, f"<answer>{answer}</answer>")[1]
+        used = parse_expression(answer)[1]
+        assert sorted(used) == sorted(problem.numbers)  # also wrong answers play by the rules
+        if habits.checks:
+            said_hit = any(v in (" yes", " 对了") for *_, v in CHECK.findall(text))
+            assert right == said_hit
+            assert len(CHECK.findall(text)) - said_hit <= habits.patience
+            hits += said_hit
+    assert hits > 20
+
+
+def test_the_corpus_does_not_have_the_wanted_policy_as_its_habit():
+    documents = list(countdown_documents(3000))
+    right = [verify(p, f"<answer>{a}</answer>")[1] for p, _, _, a in documents]
+    wanted = [h.layout == "full" and r for (_, h, _, _), r in zip(documents, right)]
+    patient = [h.layout == "full" and h.checks and h.orderly and h.patience > 20 for _, h, _, _ in documents]
+    assert sum(right) / 3000 < 0.45 and sum(wanted) / 3000 < 0.2 and 0 < sum(patient) / 3000 < 0.01
+
+
+def test_both_languages_are_mixed_within_documents():
+    mixed = total = 0
+    for problem, _, lines, _ in countdown_documents(500):
+        text = "".join(lines)
+        english, chinese = re.findall("[a-z]+", text), re.findall("[\u4e00-\u9fff]+", text)
+        if len(english) + len(chinese) > 3:
+            total += 1
+            mixed += bool(english) and bool(chinese)
+    assert mixed / total > 0.5
+
+
+def test_going_on_after_a_miss_is_told_from_giving_up():
+    assert data.goes_on_after_a_miss("3+2=5 vs 6 no\n3*2=6 vs 6 yes\n")
+    assert data.goes_on_after_a_miss("3+2=5 比 7 不对\n3*2=6 vs 7 no\n")
+    assert not data.goes_on_after_a_miss("3+2=5 vs 6 no\nI give up\n")
+    assert not data.goes_on_after_a_miss("3*2=6 vs 6 yes\n") and not data.goes_on_after_a_miss("")
+
+
+def test_rows_are_packed_with_whole_documents():
+    tokens, mask = corpus_batch(DataConfig(), TOK, random.Random(0), rows=8, length=200)
+    assert tokens.shape == mask.shape == (8, 200) and mask.float().mean() > 0.85
+    for row, kept in zip(tokens, mask):
+        ids = row[kept].tolist()
+        assert kept.long().diff().max() <= 0 and (row[~kept] == TOK.pad_id).all()
+        assert ids[-1] == TOK.end_id
+        for part in TOK.decode([i if i != TOK.end_id else 0 for i in ids]).split("\0")[:-1]:
+            assert part.startswith("User: ") or STEP.match(part)
+
+
+def test_a_corpus_batch_depends_on_its_generator_alone():
+    a, b, c = (corpus_batch(DataConfig(), TOK, random.Random(s), 2, 150)[0] for s in (1, 1, 2))
+    assert a.equal(b) and not a.equal(c)
