@@ -43,12 +43,12 @@ class DataConfig:
 
 LARGEST = 99  # the toy world counts with 0..99, one token each
 WORDS = {  # each in English and Chinese; one of the two is drawn every time it is used
-    "left": (" left ", " 剩 "), "against": (" vs ", " 比 "), "miss": (" no\n", " 不对\n"), "hit": (" yes\n", " 对了\n"),
+    "keep": ("keep ", "留 "), "against": (" vs ", " 比 "), "miss": (" no\n", " 不对\n"), "hit": (" yes\n", " 对了\n"),
     "quit": ("I give up\n", "算了\n"), "answer": ("answer: ", "答案: "),
 }
 MISS = WORDS["miss"]
 VERDICT = re.compile("|".join(WORDS["miss"] + WORDS["hit"]))
-PIECES = ["User: ", "\nAssistant: ", "make ", " from ", "what is ", "<think>\n", "<think>", "</think>\n", "</think>",
+PIECES = ["User: ", "\nAssistant: ", "make ", " from ", ": ", "what is ", "<think>\n", "<think>", "</think>\n", "</think>",
           "<answer>", "</answer>", ", "] + [w for pair in WORDS.values() for w in pair]
 
 
@@ -213,7 +213,7 @@ def draw_habits(rng):
     return Habits(
         chinese=rng.choice([0.1, 0.5, 0.9]),
         layout=rng.choices(["full", "think", "answer", "none"], [0.4, 0.1, 0.1, 0.4])[0],
-        orderly=rng.random() < 0.3,
+        orderly=rng.random() < 0.5,
         checks=rng.random() < 0.75,
         patience=1 + int(rng.expovariate(1 / 6)),
     )
@@ -245,9 +245,8 @@ def write_countdown(problem, cfg, habits, rng):
         for a, op, b, c, rest in options:
             expression = f"{a.expression}{op}{b.expression}"
             if rest:
-                rest += (Made(c, f"({expression})"),)
-                lines.append(f"{a}{op}{b}={c}{say('left', habits, rng)}{', '.join(map(str, rest))}\n")
-                answer = search(rest)
+                lines.append(f"{say('keep', habits, rng)}{', '.join(map(str, rest))}: {a}{op}{b}={c}\n")
+                answer = search(rest + (Made(c, f"({expression})"),))
                 if answer:
                     return answer
             elif not habits.checks:

@@ -45,7 +45,7 @@ class GRPOConfig:
         for name in ("prompts_per_step", "group_size", "max_new_tokens", "inner_epochs", "minibatches", "micro_tokens"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name}={getattr(self, name)} must be at least 1")
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise BadInput(f"temperature={self.temperature} must be above 0: RL learns from differences between samples")
         if self.adv_norm not in ("std", "none"):
             raise BadInput(f"adv_norm={self.adv_norm!r} is not std or none")

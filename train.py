@@ -62,6 +62,11 @@ class TrainConfig:
         for name in ("base_steps", "base_rows", "base_length", "rl_steps", "rl_warmup", "eval_samples", "save_every"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("base_lr", "rl_lr"):
+            if not 0 < getattr(self, name) < 1:
+                raise BadInput(f"{name}={getattr(self, name)} must lie between 0 and 1")
+        if self.threads < 0 or self.eval_every < 0:
+            raise BadInput(f"threads={self.threads} and eval_every={self.eval_every} must not be negative")
         if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
             raise BadInput(f"device={self.device!r} is not auto, cpu or cuda")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
@@ -136,6 +141,9 @@ class Run:
         self.cfg = Config().with_settings({"vocab_size": self.tok.n_vocab, **self.stage.overrides, **given})
         for group in fields(self.cfg):
             getattr(self.cfg, group.name).check()
+        self.check_lengths()
+        if self.cfg.train.threads:
+            torch.set_num_threads(self.cfg.train.threads)
         self.device = torch.device("cuda" if self.cfg.train.device == "auto" and torch.cuda.is_available()
                                    else self.cfg.train.device.replace("auto", "cpu"))
         self.dir = os.path.join(self.cfg.train.out_dir, name)
@@ -149,6 +157,16 @@ class Run:
         self.saved = load_checkpoint(self.path("ckpt.pt")) if os.path.exists(self.path("ckpt.pt")) else None
         if self.saved:
             self.refuse_contradictions()
+
+    def check_lengths(self):
+        """Raises BadInput before any work if the longest sequences will not fit the context."""
+        cfg, context = self.cfg, self.cfg.model.context
+        prompt = max(len(self.tok.encode(p.prompt)) for p in data.eval_problems(cfg.data, 50))
+        if cfg.train.base_length > context:
+            raise BadInput(f"base_length={cfg.train.base_length} does not fit the context of {context}: lower it or raise --context")
+        if prompt + cfg.grpo.max_new_tokens > context:
+            raise BadInput(f"a prompt of {prompt} tokens + max_new_tokens={cfg.grpo.max_new_tokens} do not fit the context of {context}: "
+                           f"lower --max_new_tokens or raise --context")
 
     def path(self, file):
         return os.path.join(self.dir, file)
@@ -481,8 +499,6 @@ def run_eval(given):
 def main(argv):
     words, given = parse(argv)
     try:
-        if given.get("threads"):
-            torch.set_num_threads(given["threads"])
         if words == ["eval"]:
             return run_eval(given)
         for word in words:

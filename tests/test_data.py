@@ -13,7 +13,7 @@ from rewards import parse_expression, verify
 
 TOK = load_tokenizer()
 CHECK = re.compile(r"^(\d+)([-+*/])(\d+)=(\d+)(?: vs | 比 )(\d+)( yes| 对了| no| 不对)$", re.M)
-STEP = re.compile(r"^(\d+)([-+*/])(\d+)=(\d+)", re.M)
+STEP = re.compile(r"^(?:(?:keep|留) [\d, ]+: )?(\d+)([-+*/])(\d+)=(\d+)", re.M)
 
 
 def countdown_documents(n, cfg=DataConfig(), seed=0):
@@ -26,7 +26,7 @@ def countdown_documents(n, cfg=DataConfig(), seed=0):
 # ---------------------------------------------------------------------------------------- tokenizer
 
 
-@pytest.mark.parametrize("text", ["", "hello", "世界 剩 对了", "𝔘\x00\x7f\r\n\t", "1234567890", "07 100 99", "<think>\n</think>", "<|end|><|pad|>", "e\u0301", "".join(map(chr, range(0x3000)))])
+@pytest.mark.parametrize("text", ["", "hello", "世界 留 对了", "𝔘\x00\x7f\r\n\t", "1234567890", "07 100 99", "<think>\n</think>", "<|end|><|pad|>", "e\u0301", "".join(map(chr, range(0x3000)))])
 def test_any_text_round_trips(text):
     assert TOK.decode(TOK.encode(text)) == text
 

@@ -1,0 +1,219 @@
+"""The pipeline and its command line, run for real with tiny settings."""
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from model import load_checkpoint
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--mlp_dim=16", "--head_dim=8", "--context=128", "--base_rows=2", "--base_length=100", "--base_steps=12",
+        "--rl_steps=3", "--prompts_per_step=2", "--group_size=3", "--max_new_tokens=12", "--eval_problems=3", "--eval_samples=4",
+        "--eval_every=0", "--save_every=1", "--threads=1", "--device=cpu"]
+
+
+def run(out, *words, tiny=TINY):
+    train.main([*words, *tiny, f"--out_dir={out}"])
+
+
+def command(*argv, script="train.py"):
+    return subprocess.run([sys.executable, script, *argv], cwd=HERE, capture_output=True, text=True, timeout=120)
+
+
+def weights(folder):
+    return torch.cat([p.flatten() for p in load_checkpoint(os.path.join(folder, "ckpt.pt"))["model"].values()])
+
+
+def lines(folder, drop=("seconds", "sample_s", "update_s", "tokens_per_s")):
+    with open(os.path.join(folder, "metrics.jsonl")) as f:
+        return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in f]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    run(out, "zero")
+    return out
+
+
+# ---------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_leaves_what_the_readme_promises(finished):
+    for stage, steps in (("base", 12), ("zero", 3)):
+        assert load_checkpoint(str(finished / stage / "ckpt.pt"))["step"] == steps
+        assert [m["step"] for m in lines(finished / stage)] == list(range(1, steps + 1))
+        result = json.loads((finished / stage / "eval.json").read_text())["countdown"]
+        assert {"pass@1", "pass@1_greedy", "pass@1_ci", "pass@4", "cons@4", "format", "length", "problems"} <= set(result)
+        assert result["problems"] == 3
+        sample = json.loads((finished / stage / "samples.jsonl").read_text().splitlines()[0])
+        assert sample["prompt"].startswith("User: make") and "completion" in sample
+    for key in ("reward", "accuracy", "format", "length", "kl", "clip", "entropy", "grad_norm", "equal", "all_right", "all_wrong", "truncated", "tokens_per_s"):
+        assert key in json.loads((finished / "zero" / "metrics.jsonl").read_text().splitlines()[0])
+
+
+def test_a_finished_stage_is_not_run_again(finished, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file()}
+    run(finished, "zero")
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != "metrics.jsonl"} == \
+           {p: t for p, t in before.items() if p.name != "metrics.jsonl"}
+    assert "zero: done" in capsys.readouterr().out
+
+
+def test_the_same_seed_makes_the_same_run_and_another_seed_another(finished, tmp_path):
+    run(tmp_path / "same", "zero")
+    assert torch.equal(weights(tmp_path / "same" / "zero"), weights(finished / "zero"))
+    assert lines(tmp_path / "same" / "zero") == lines(finished / "zero")
+    run(tmp_path / "other", "base", tiny=[*TINY, "--seed=2"])
+    assert not torch.equal(weights(tmp_path / "other" / "base"), weights(finished / "base"))
+
+
+class Cut(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stage, at", [("base", 10), ("zero", 1), ("zero", 2)])
+def test_a_run_cut_short_ends_as_if_it_had_not_been(finished, tmp_path, monkeypatch, stage, at):
+    log = train.Run.log
+
+    def cut(self, metrics):
+        log(self, metrics)
+        if self.name == stage and metrics["step"] == at + 1:  # logged, but its checkpoint is not written
+            raise Cut
+    monkeypatch.setattr(train.Run, "log", cut)
+    with pytest.raises(Cut):
+        run(tmp_path, "zero")
+    monkeypatch.undo()
+    assert load_checkpoint(str(tmp_path / stage / "ckpt.pt"))["step"] == at
+    run(tmp_path, "zero")
+    for name in ("base", "zero"):
+        assert torch.equal(weights(tmp_path / name), weights(finished / name))
+        assert lines(tmp_path / name) == lines(finished / name)
+        assert (tmp_path / name / "samples.jsonl").read_text() == (finished / name / "samples.jsonl").read_text()
+
+
+def test_more_rl_steps_go_on_from_a_finished_run(finished, tmp_path):
+    run(tmp_path, "zero", tiny=[*TINY, "--rl_steps=2"])
+    run(tmp_path, "zero")
+    assert torch.equal(weights(tmp_path / "zero"), weights(finished / "zero"))
+
+
+def test_a_refreshed_reference_survives_a_resume(tmp_path):
+    flags = [*TINY, "--ref_every=1", "--kl_coef=0.1", "--rl_lr=0.01"]
+    run(tmp_path / "whole", "zero", tiny=flags)
+    run(tmp_path / "parts", "zero", tiny=[*flags, "--rl_steps=2"])
+    run(tmp_path / "parts", "zero", tiny=flags)
+    assert torch.equal(weights(tmp_path / "whole" / "zero"), weights(tmp_path / "parts" / "zero"))
+
+
+def test_going_on_with_other_settings_is_refused_by_name(finished):
+    before = weights(finished / "zero")
+    for flag, name in (("--rl_lr=0.5", "rl_lr"), ("--n_layer=2", "n_layer"), ("--task=arithmetic", "task"), ("--w_format=1", "w_format")):
+        with pytest.raises(SystemExit) as e:
+            run(finished, "zero", tiny=[*TINY, flag])
+        assert e.value.code == 2
+    assert torch.equal(weights(finished / "zero"), before)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--adv_norm=none", "--loss_norm=constant"], ["--clip_high=0.28", "--loss_norm=token", "--mask_truncated=true", "--resample_equal=2"],
+    ["--inner_epochs=2", "--minibatches=2", "--kl_coef=0"], ["--task=arithmetic"], ["--n_numbers=4", "--max_number=12", "--ops=+-*/"], ["--n_numbers=2"]])
+def test_every_variant_runs(tmp_path, flags):
+    run(tmp_path, "zero", tiny=[*TINY, "--eval_every=1", "--rl_steps=2", *flags])
+    assert len(lines(tmp_path / "zero")) == 2
+
+
+def test_eval_writes_beside_the_checkpoint(finished, tmp_path, capsys):
+    (tmp_path / "ckpt.pt").write_bytes((finished / "zero" / "ckpt.pt").read_bytes())
+    train.main(["eval", f"--ckpt={tmp_path / 'ckpt.pt'}", "--eval_problems=2", "--eval_samples=2", "--max_new_tokens=12", "--task=arithmetic"])
+    assert json.loads((tmp_path / "eval.json").read_text())["arithmetic"]["problems"] == 2
+    assert "pass@1, sampled" in capsys.readouterr().out
+
+
+def test_sample_shows_thinking_answer_and_score(finished):
+    done = command(f"--ckpt={finished / 'zero' / 'ckpt.pt'}", "--numbers=3,7,2", "--target=20", "--max_new_tokens=12", "--n=2", script="sample.py")
+    assert done.returncode == 0 and done.stdout.count("make 20 from 3, 7, 2") == 2 and "accuracy 0" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--nonsense=3"], ["nonsense"]), (["flight"], ["flight", "zero"]), (["--rl_steps=many"], ["rl_steps", "many"]), (["--tied=maybe"], ["tied", "maybe"]),
+    (["--rl_steps=0"], ["rl_steps"]), (["--group_size=-1"], ["group_size"]), (["--n_numbers=9"], ["n_numbers"]), (["--task=chess"], ["chess", "countdown"]),
+    (["--n_kv_head=3"], ["n_kv_head"]), (["--w_accuracy=0", "--w_format=0"], ["w_accuracy"]), (["--device=abacus"], ["abacus"]),
+    (["eval", "--ckpt=/nowhere/ckpt.pt"], ["/nowhere/ckpt.pt"]), (["--out_dir=/dev/null/out"], ["/dev/null/out"]), (["--rl_lr=nan"], ["rl_lr"]),
+    (["--threads=-2"], ["threads"]), (["--context=30", "--base_length=20"], ["context"])])
+def test_bad_input_is_one_line_and_exit_code_2(argv, words, tmp_path):
+    out = [] if any(a.startswith("--out_dir") for a in argv) else [f"--out_dir={tmp_path}"]
+    done = command(*argv, *out)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--ckpt=/nowhere/ckpt.pt"], ["/nowhere/ckpt.pt"]), (["--numbers=3,x", "--target=3"], ["numbers"]), (["--numbers=3,7"], ["target"]),
+    (["--n=0"], ["--n"]), (["--what"], ["--what"])])
+def test_bad_input_to_sample_is_one_line_and_exit_code_2(argv, words):
+    done = command(*argv, script="sample.py")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_help_names_every_setting_with_its_default():
+    text = command("--help").stdout
+    for name, value in train.Config().settings().items():
+        assert f"--{name} " in text
+        assert "default" in text
+
+
+# ---------------------------------------------------------------------------------------- figures
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+    for n, c, k in [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 1), (7, 3, 7)]:
+        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+        assert train.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_a_majority_votes_over_answers_and_the_first_wins_a_tie():
+    right, wrong, none = ("a", True), ("b", False), (None, False)
+    assert train.majority([wrong, right, right]) and not train.majority([wrong, right, wrong])
+    assert train.majority([right, wrong]) and not train.majority([wrong, right])
+    assert train.majority([none, none, none, right]) and not train.majority([none]) and not train.majority([])
+
+
+def test_evaluation_counts_what_it_says(tiny, monkeypatch):
+    """Four samples of each of two problems with known verdicts, through the real `evaluate`."""
+    import data
+    from model import GPT, GPTConfig, Generation
+    tok = data.load_tokenizer()
+    texts = ["<think>\n</think>\n<answer>3+7</answer>", "<answer>7+3</answer>", "<answer>7*3</answer>", "no",   # vote: 3+7, right
+             "<answer>9-8</answer>", "<answer>9-8</answer>", "<answer>8*9</answer>", "no"]                        # vote: 9-8, wrong
+    problems = [data.countdown_problem((3, 7), 10), data.countdown_problem((9, 8), 72)]
+
+    class Fake:
+        truncated = torch.tensor([False] * 7 + [True])
+
+        def completions(self):
+            return [tok.encode(t) for t in texts]
+
+        def generate(self, *args, **kwargs):
+            return self
+    metrics, samples = train.evaluate(Fake(), tok, problems, 4, 99)
+    assert metrics["pass@1"] == 3 / 8 and metrics["pass@4"] == 1.0 and metrics["cons@4"] == 0.5
+    assert metrics["format"] == 1 / 8 and metrics["truncated"] == 1 / 8 and metrics["length"] == sum(len(tok.encode(t)) for t in texts) / 8
+    half = 1.96 * torch.tensor([0.5, 0.25]).std().item() / 2 ** 0.5
+    assert metrics["pass@1_ci"] == pytest.approx([3 / 8 - half, 3 / 8 + half])
+
+
+def test_generators_follow_from_their_key_alone():
+    a, b = train.rng(1, "zero", 5), train.rng(1, "zero", 5)
+    assert a[0].random() == b[0].random() and torch.equal(torch.rand(3, generator=a[1]), torch.rand(3, generator=b[1]))
+    assert train.rng(1, "zero", 6)[0].random() != train.rng(1, "zero", 5)[0].random()
