@@ -215,7 +215,7 @@ def draw_habits(rng):
         layout=rng.choices(["full", "think", "answer", "none"], [0.4, 0.1, 0.1, 0.4])[0],
         orderly=rng.random() < 0.5,
         checks=rng.random() < 0.75,
-        patience=1 + int(rng.expovariate(1 / 6)),
+        patience=rng.choices([3, 6, 9, 12, 18, 30], [58, 6, 6, 6, 10, 14])[0],  # most give up after a branch or two
     )
 
 
@@ -283,7 +283,7 @@ def goes_on_after_a_miss(text):
 
 def document(cfg, rng):
     """One document of the corpus, as (prompt, text): a table of sums, or somebody's attempt at a problem."""
-    kind = rng.choices(["countdown", "arithmetic", "table"], [0.8, 0.15, 0.05])[0]
+    kind = rng.choices(["countdown", "arithmetic", "table"], [0.82, 0.12, 0.06])[0]
     if kind == "table":
         return "", "".join(table_line(cfg, rng) for _ in range(20))
     problem, habits = draw_problem(cfg, rng, kind), draw_habits(rng)

@@ -277,17 +277,15 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     columns = torch.arange(L + max_new_tokens, device=device)
     visible = None if min(lens) == L else ((columns < prompt_lens[:, None]) | (columns >= L))[:, None, None]
     stop = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
-    new = torch.full((N, max_new_tokens), pad_id, device=device)
+    new = torch.zeros(N, max_new_tokens, device=device, dtype=torch.long)
     new_logp = torch.zeros(N, max_new_tokens, device=device)
     new_lens = torch.zeros(N, device=device, dtype=torch.long)
     stopped = torch.zeros(N, device=device, dtype=torch.bool)
     rows = torch.arange(N, device=device)  # the rows still being decoded
     for t in range(max_new_tokens):
         token, logp = sample_token(logits, temperature, u[t, rows])
-        going = ~stopped[rows]
-        new[rows, t] = torch.where(going, token, pad_id)
-        new_logp[rows, t] = torch.where(going, logp, 0.0)
-        new_lens[rows] += going
+        new[rows, t], new_logp[rows, t] = token, logp  # what a row says after its end is cut off below, by its length
+        new_lens[rows] += ~stopped[rows]
         stopped[rows] |= torch.isin(token, stop)
         if t + 1 == max_new_tokens:
             break

@@ -18,7 +18,7 @@ MAX_ANSWER = 120  # characters; keeps an honest answer and bounds what the parse
 @dataclass
 class RewardConfig:
     w_accuracy: float = opt(1.0, "weight of a right answer")
-    w_format: float = opt(0.2, "weight of <think>...</think><answer>...</answer>")
+    w_format: float = opt(0.5, "weight of <think>...</think><answer>...</answer>")
 
     def check(self):
         """Raises BadInput if no reward has a weight."""

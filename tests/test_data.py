@@ -138,8 +138,8 @@ def test_the_corpus_does_not_have_the_wanted_policy_as_its_habit():
     documents = list(countdown_documents(3000))
     right = [verify(p, f"<answer>{a}</answer>")[1] for p, _, _, a in documents]
     wanted = [h.layout == "full" and r for (_, h, _, _), r in zip(documents, right)]
-    patient = [h.layout == "full" and h.checks and h.orderly and h.patience > 20 for _, h, _, _ in documents]
-    assert sum(right) / 3000 < 0.45 and sum(wanted) / 3000 < 0.2 and 0 < sum(patient) / 3000 < 0.01
+    patient = [h.layout == "full" and h.checks and h.orderly and h.patience > 12 for _, h, _, _ in documents]
+    assert sum(right) / 3000 < 0.45 and sum(wanted) / 3000 < 0.2 and 0 < sum(patient) / 3000 < 0.06
 
 
 def test_both_languages_are_mixed_within_documents():

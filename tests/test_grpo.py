@@ -340,8 +340,9 @@ def test_groups_that_teach_nothing_are_replaced_until_the_cap():
     assert batch.rewards.tolist() == [[1, 0], [1, 0], [0, 1]]
     assert batch.tokens.shape == (6, 7) and batch.mask.sum(1).tolist() == [5, 5, 6, 6, 4, 4]
     assert batch.logp_old[batch.mask].tolist() == [-6.0] * 10 + [-7.0] * 12 + [-5.0] * 8
-    capped = resample_equal_groups(fake([[0, 0]], 6), lambda n: fake([[0, 0]] * n, 6), times=2)
-    assert capped.rewards.tolist() == [[0, 0]]
+    tries = []
+    capped = resample_equal_groups(fake([[0, 0]], 6), lambda n: tries.append(n) or fake([[0, 0]] * n, 6), times=2)
+    assert capped.rewards.tolist() == [[0, 0]] and tries == [1, 1]
 
 
 def test_wrong_settings_are_refused_by_name():
