@@ -49,7 +49,7 @@ WORDS = {  # each in English and Chinese; one of the two is drawn every time it 
 MISS = WORDS["miss"]
 VERDICT = re.compile("|".join(WORDS["miss"] + WORDS["hit"]))
 PIECES = ["User: ", "\nAssistant: ", "make ", " from ", ": ", "what is ", "<think>\n", "<think>", "</think>\n", "</think>",
-          "<answer>", "</answer>", ", "] + [w for pair in WORDS.values() for w in pair]
+          "<answer>", "</answer>", ", "] + [f"{i}. " for i in range(1, 25)] + [w for pair in WORDS.values() for w in pair]
 
 
 class Tokenizer:
@@ -126,14 +126,13 @@ def combine(a, b, ops):
 
 def steps(numbers, ops):
     """Every way to join two of `numbers`, the larger first: a list of (a, op, b, result, the others)."""
-    found = {}
+    found = []
     for i in range(len(numbers)):
         for j in range(i + 1, len(numbers)):
             a, b = sorted((numbers[i], numbers[j]), reverse=True)
             rest = numbers[:i] + numbers[i + 1:j] + numbers[j + 1:]
-            for op, c in combine(a, b, ops):
-                found[a, op, b] = (a, op, b, c, rest)
-    return list(found.values())
+            found += [(a, op, b, c, rest) for op, c in combine(a, b, ops)]
+    return found
 
 
 @lru_cache(maxsize=None)
@@ -204,7 +203,7 @@ class Habits:
     """How the author of one document writes. RL will have to find out which habits pay."""
     chinese: float  # share of words in Chinese
     layout: str     # which tags are used: full, think, answer, none
-    orderly: bool   # tries pairs and operations in a fixed order, or at random
+    orderly: bool   # tries pairs and operations in a fixed order and numbers them, or at random
     checks: bool    # compares results with the target, or just takes what comes
     patience: int   # misses before giving up
 
@@ -242,10 +241,11 @@ def write_countdown(problem, cfg, habits, rng):
         options = steps(numbers, cfg.ops)
         if not habits.orderly:
             rng.shuffle(options)
-        for a, op, b, c, rest in options:
+        for i, (a, op, b, c, rest) in enumerate(options, start=1):
             expression = f"{a.expression}{op}{b.expression}"
             if rest:
-                lines.append(f"{say('keep', habits, rng)}{', '.join(map(str, rest))}: {a}{op}{b}={c}\n")
+                number = f"{i}. " if habits.orderly and len(numbers) == cfg.n_numbers else ""
+                lines.append(f"{number}{say('keep', habits, rng)}{', '.join(map(str, rest))}: {a}{op}{b}={c}\n")
                 answer = search(rest + (Made(c, f"({expression})"),))
                 if answer:
                     return answer

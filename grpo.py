@@ -25,7 +25,7 @@ from model import BadInput, opt, token_logps
 class GRPOConfig:
     prompts_per_step: int = opt(16, "P, problems in a rollout")
     group_size: int = opt(16, "G, completions sampled for each problem")
-    max_new_tokens: int = opt(320, "longest completion, in tokens")
+    max_new_tokens: int = opt(340, "longest completion, in tokens")
     temperature: float = opt(1.0, "for sampling and for every log-prob alike")
     adv_norm: str = opt("std", "std: divide by the group's standard deviation (GRPO); none: do not (Dr. GRPO)")
     clip_low: float = opt(0.2, "eps_low: the ratio's lower clip is 1 - clip_low")

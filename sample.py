@@ -26,7 +26,7 @@ def parse(argv):
     parser.add_argument("--target", type=int, help="... and what to make of them")
     parser.add_argument("--n", type=int, default=4, help="problems, or tries at your own one (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default %(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=320, help="longest completion, in tokens (default %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=340, help="longest completion, in tokens (default %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the samples (default %(default)s)")
     args = parser.parse_args(argv)
     if (args.numbers is None) != (args.target is None):

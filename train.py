@@ -48,7 +48,7 @@ class TrainConfig:
     base_steps: int = opt(1200, "optimiser steps of next-token training")
     base_lr: float = opt(1e-2, "its peak learning rate")
     base_rows: int = opt(12, "rows of packed documents a step")
-    base_length: int = opt(336, "tokens a row")
+    base_length: int = opt(352, "tokens a row")
     rl_steps: int = opt(70, "GRPO steps")
     rl_lr: float = opt(1e-3, "learning rate of GRPO")
     rl_warmup: int = opt(5, "GRPO steps until the learning rate is reached")

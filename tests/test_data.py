@@ -13,7 +13,7 @@ from rewards import parse_expression, verify
 
 TOK = load_tokenizer()
 CHECK = re.compile(r"^(\d+)([-+*/])(\d+)=(\d+)(?: vs | 比 )(\d+)( yes| 对了| no| 不对)$", re.M)
-STEP = re.compile(r"^(?:(?:keep|留) [\d, ]+: )?(\d+)([-+*/])(\d+)=(\d+)", re.M)
+STEP = re.compile(r"^(?:(?:[0-9]+\. )?(?:keep|留) [\d, ]+: )?(\d+)([-+*/])(\d+)=(\d+)", re.M)
 
 
 def countdown_documents(n, cfg=DataConfig(), seed=0):
