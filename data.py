@@ -149,6 +149,13 @@ def draw_countdown(cfg, rng):
     return countdown_problem(numbers, rng.choice(targets)) if targets else draw_countdown(cfg, rng)
 
 
+def without_solution(problem, cfg, rng):
+    """The same numbers with a target out of their reach. Nobody promises a reader of the corpus that a puzzle can
+    be solved, and only these show how a search ends that has tried everything."""
+    others = sorted(set(range(1, LARGEST + 1)) - reachable(tuple(sorted(problem.numbers)), cfg.ops))
+    return countdown_problem(problem.numbers, rng.choice(others)) if others else problem
+
+
 def draw_arithmetic(cfg, rng):
     numbers = tuple(rng.randint(1, cfg.max_number) for _ in range(cfg.n_numbers))
     ops = [rng.choice([op for op in cfg.ops if op != "/"]) for _ in numbers[1:]]
@@ -211,15 +218,19 @@ class Habits:
 def draw_habits(rng):
     return Habits(
         chinese=rng.choice([0.1, 0.5, 0.9]),
-        layout=rng.choices(["full", "think", "answer", "none"], [0.4, 0.1, 0.1, 0.4])[0],
+        layout=rng.choices(["full", "think", "answer", "none"], [0.35, 0.1, 0.1, 0.45])[0],
         orderly=rng.random() < 0.5,
         checks=rng.random() < 0.75,
-        patience=rng.choices([3, 6, 9, 12, 18, 30], [58, 6, 6, 6, 10, 14])[0],  # most give up after a branch or two
+        patience=rng.choices([3, 6, 9, 12, 18, 30], [52, 6, 6, 6, 10, 20])[0],  # most give up after a branch or two
     )
 
 
 def say(word, habits, rng):
     return WORDS[word][rng.random() < habits.chinese]
+
+
+def compare(value, target, habits, rng):
+    return f"{say('against', habits, rng)}{target}{say('hit' if value == target else 'miss', habits, rng)}"
 
 
 class Made(int):
@@ -233,11 +244,11 @@ class Made(int):
 
 def write_countdown(problem, cfg, habits, rng):
     """Thinking by trial: (lines, answer). Depth first; the answer is the first that
-    fits if patience lasts until then, else the last one tried."""
-    lines, misses = [], 0
+    fits, or else the last one tried when patience or possibilities end."""
+    lines, misses, tried = [], 0, ""
 
     def search(numbers):
-        nonlocal misses
+        nonlocal misses, tried
         options = steps(numbers, cfg.ops)
         if not habits.orderly:
             rng.shuffle(options)
@@ -254,15 +265,15 @@ def write_countdown(problem, cfg, habits, rng):
                 return expression
             else:
                 hit = c == problem.target
-                verdict = say("hit" if hit else "miss", habits, rng)
-                lines.append(f"{a}{op}{b}={c}{say('against', habits, rng)}{problem.target}{verdict}")
+                lines.append(f"{a}{op}{b}={c}{compare(c, problem.target, habits, rng)}")
+                tried = expression
                 misses += not hit
-                if misses == habits.patience:
-                    lines.append(say("quit", habits, rng))
                 if hit or misses == habits.patience:
                     return expression
 
-    answer = search(tuple(Made(n, str(n)) for n in problem.numbers))
+    answer = search(tuple(Made(n, str(n)) for n in problem.numbers)) or tried
+    if habits.checks and not lines[-1].endswith(WORDS["hit"]):
+        lines.append(say("quit", habits, rng))
     return lines, answer
 
 
@@ -284,9 +295,12 @@ def goes_on_after_a_miss(text):
 def document(cfg, rng):
     """One document of the corpus, as (prompt, text): a table of sums, or somebody's attempt at a problem."""
     kind = rng.choices(["countdown", "arithmetic", "table"], [0.82, 0.12, 0.06])[0]
+    habits = draw_habits(rng)
     if kind == "table":
-        return "", "".join(table_line(cfg, rng) for _ in range(20))
-    problem, habits = draw_problem(cfg, rng, kind), draw_habits(rng)
+        return "", "".join(table_line(cfg, habits, rng) for _ in range(20))
+    problem = draw_problem(cfg, rng, kind)
+    if kind == "countdown" and rng.random() < 0.15:
+        problem = without_solution(problem, cfg, rng)
     lines, answer = TASKS[kind].write(problem, cfg, habits, rng)
     think, answer = "".join(lines), str(answer)
     if habits.layout in ("full", "think"):
@@ -295,12 +309,15 @@ def document(cfg, rng):
     return problem.prompt, think + answer
 
 
-def table_line(cfg, rng):
+def table_line(cfg, habits, rng):
+    """A sum compared with a number that it equals or nearly equals. In the attempts above hits are rare, and
+    a base that overlooks one in twenty makes long thinking useless to RL."""
     while True:
         a, b = sorted((rng.randint(0, LARGEST), rng.randint(1, cfg.max_number)))[::-1]
         op, c = rng.choice(list(combine(a, b, cfg.ops)) or [(None, None)])
         if op:
-            return f"{a}{op}{b}={c}\n"
+            other = rng.choice([c, max(0, min(LARGEST, c + rng.randint(-9, 9)))])
+            return f"{a}{op}{b}={c}{compare(c, other, habits, rng)}"
 
 
 @dataclass(frozen=True)
