@@ -71,7 +71,6 @@ class Tokenizer:
         return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
 
 
-
 @lru_cache(maxsize=None)
 def load_tokenizer():
     """The toy vocabulary: 256 bytes, so that any text round-trips, the numbers 10..99 and the words above."""
@@ -125,14 +124,15 @@ def combine(a, b, ops):
 
 
 def steps(numbers, ops):
-    """Every way to join two of `numbers`, the larger first: a list of (a, op, b, result, the others)."""
+    """Every way to join two of `numbers`, the larger first: a list of (a, op, b, result, the others).
+    All pairs of one operation, then the next: so even short attempts at a problem show every pair."""
     found = []
     for i in range(len(numbers)):
         for j in range(i + 1, len(numbers)):
             a, b = sorted((numbers[i], numbers[j]), reverse=True)
             rest = numbers[:i] + numbers[i + 1:j] + numbers[j + 1:]
             found += [(a, op, b, c, rest) for op, c in combine(a, b, ops)]
-    return found
+    return sorted(found, key=lambda step: ops.index(step[1]))
 
 
 @lru_cache(maxsize=None)
@@ -152,8 +152,9 @@ def draw_countdown(cfg, rng):
 def without_solution(problem, cfg, rng):
     """The same numbers with a target out of their reach. Nobody promises a reader of the corpus that a puzzle can
     be solved, and only these show how a search ends that has tried everything."""
-    others = sorted(set(range(1, LARGEST + 1)) - reachable(tuple(sorted(problem.numbers)), cfg.ops))
-    return countdown_problem(problem.numbers, rng.choice(others)) if others else problem
+    others = set(range(1, LARGEST + 1)) - reachable(tuple(sorted(problem.numbers)), cfg.ops)
+    problems = [p for p in (countdown_problem(problem.numbers, target) for target in sorted(others)) if not p.held_out]
+    return rng.choice(problems) if problems else problem
 
 
 def draw_arithmetic(cfg, rng):
@@ -218,10 +219,10 @@ class Habits:
 def draw_habits(rng):
     return Habits(
         chinese=rng.choice([0.1, 0.5, 0.9]),
-        layout=rng.choices(["full", "think", "answer", "none"], [0.35, 0.1, 0.1, 0.45])[0],
-        orderly=rng.random() < 0.5,
-        checks=rng.random() < 0.75,
-        patience=rng.choices([3, 6, 9, 12, 18, 30], [52, 6, 6, 6, 10, 20])[0],  # most give up after a branch or two
+        layout=rng.choices(["full", "think", "answer", "none"], [0.4, 0.1, 0.1, 0.4])[0],
+        orderly=rng.random() < 0.75,
+        checks=rng.random() < 0.6,
+        patience=rng.choices([3, 6, 9, 12, 18, 30], [58, 6, 6, 6, 8, 16])[0],  # most give up after a branch or two
     )
 
 
@@ -294,12 +295,12 @@ def goes_on_after_a_miss(text):
 
 def document(cfg, rng):
     """One document of the corpus, as (prompt, text): a table of sums, or somebody's attempt at a problem."""
-    kind = rng.choices(["countdown", "arithmetic", "table"], [0.82, 0.12, 0.06])[0]
+    kind = rng.choices(["countdown", "arithmetic", "table"], [0.8, 0.12, 0.08])[0]
     habits = draw_habits(rng)
     if kind == "table":
         return "", "".join(table_line(cfg, habits, rng) for _ in range(20))
     problem = draw_problem(cfg, rng, kind)
-    if kind == "countdown" and rng.random() < 0.15:
+    if kind == "countdown" and rng.random() < 0.25:
         problem = without_solution(problem, cfg, rng)
     lines, answer = TASKS[kind].write(problem, cfg, habits, rng)
     think, answer = "".join(lines), str(answer)

@@ -36,7 +36,7 @@ from model import GPT, BadInput, GPTConfig, load_checkpoint, load_model, opt, sa
 from rewards import RewardConfig
 
 # ------------------------------------------------------------------------------------------------
-# Configuration: default < stage < command line
+# Configuration: default < task < stage < command line
 
 
 @dataclass
@@ -138,7 +138,8 @@ class Run:
     def __init__(self, name, given):
         self.name, self.stage = name, STAGES[name]
         self.tok = data.load_tokenizer()
-        self.cfg = Config().with_settings({"vocab_size": self.tok.n_vocab, **self.stage.overrides, **given})
+        task = TASK_DEFAULTS.get(given.get("task"), {})
+        self.cfg = Config().with_settings({"vocab_size": self.tok.n_vocab, **task, **self.stage.overrides, **given})
         for group in fields(self.cfg):
             getattr(self.cfg, group.name).check()
         self.check_lengths()
@@ -156,6 +157,8 @@ class Run:
         self.seconds = 0.0
         self.saved = load_checkpoint(self.path("ckpt.pt")) if os.path.exists(self.path("ckpt.pt")) else None
         if self.saved:
+            if "base_steps" not in given:  # a base that is there is taken as long as it was made
+                self.cfg.train.base_steps = self.saved["settings"]["base_steps"]
             self.refuse_contradictions()
 
     def check_lengths(self):
@@ -456,6 +459,7 @@ def names(cls, *left_out):
     return [f.name for f in fields(cls) if f.name not in left_out]
 
 
+TASK_DEFAULTS = {"arithmetic": {"base_steps": 500, "rl_steps": 40}}  # an easier task needs less
 WORLD = names(DataConfig, "task", "eval_problems") + ["seed"]
 STAGES = {
     "base": Stage(train_base, None, {}, names(GPTConfig) + WORLD + ["base_steps", "base_lr", "base_rows", "base_length"]),

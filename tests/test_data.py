@@ -142,6 +142,36 @@ def test_the_corpus_does_not_have_the_wanted_policy_as_its_habit():
     assert sum(right) / 3000 < 0.45 and sum(wanted) / 3000 < 0.2 and 0 < sum(patient) / 3000 < 0.06
 
 
+def test_a_search_that_has_tried_everything_gives_up():
+    rng, cfg = random.Random(0), DataConfig()
+    habits = data.Habits(chinese=0, layout="none", orderly=True, checks=True, patience=99)
+    for _ in range(50):
+        problem = data.without_solution(draw_problem(cfg, rng, "countdown"), cfg, rng)
+        assert problem.target not in all_values(problem.numbers) and not problem.held_out
+        lines, answer = data.write_countdown(problem, cfg, habits, rng)
+        numbered = [int(line.split(". ")[0]) for line in lines if ". " in line]
+        assert numbered == list(range(1, len(data.steps(problem.numbers, cfg.ops)) + 1))
+        assert lines[-1] == "I give up\n" and sorted(parse_expression(answer)[1]) == sorted(problem.numbers)
+
+
+def test_some_puzzles_of_the_corpus_have_no_solution():
+    rng, asked = random.Random(0), []
+    for _ in range(1000):
+        found = re.match(r"User: make (\d+) from (.*)\n", document(DataConfig(), rng)[0])
+        if found:
+            asked.append(int(found[1]) in all_values(tuple(map(int, found[2].split(", ")))))
+    assert 0.6 < sum(asked) / len(asked) < 0.9
+
+
+def test_tables_compare_sums_and_hits_are_as_frequent_as_misses():
+    rng, cfg, verdicts = random.Random(0), DataConfig(), []
+    for _ in range(500):
+        a, op, b, c, other, verdict = CHECK.match(data.table_line(cfg, draw_habits(rng), rng)).groups()
+        assert parse_expression(f"{a}{op}{b}")[0] == int(c) and (verdict in (" yes", " 对了")) == (c == other)
+        verdicts.append(c == other)
+    assert 0.4 < sum(verdicts) / 500 < 0.65
+
+
 def test_both_languages_are_mixed_within_documents():
     mixed = total = 0
     for problem, _, lines, _ in countdown_documents(500):

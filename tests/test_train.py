@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import data
 import train
 from model import load_checkpoint
 
@@ -120,6 +121,15 @@ def test_going_on_with_other_settings_is_refused_by_name(finished):
     assert torch.equal(weights(finished / "zero"), before)
 
 
+def test_a_task_has_defaults_and_a_base_is_taken_as_long_as_it_was_made(tmp_path):
+    short = [flag for flag in TINY if not flag.startswith(("--base_steps", "--rl_steps"))]
+    assert train.Run("zero", {"task": "arithmetic", "out_dir": str(tmp_path)}).cfg.train.rl_steps < train.TrainConfig().rl_steps
+    assert train.Run("zero", {"task": "arithmetic", "rl_steps": 999, "out_dir": str(tmp_path)}).cfg.train.rl_steps == 999
+    run(tmp_path, "base")
+    run(tmp_path, "base", tiny=short)
+    assert len(lines(tmp_path / "base")) == 12
+
+
 @pytest.mark.parametrize("flags", [
     ["--adv_norm=none", "--loss_norm=constant"], ["--clip_high=0.28", "--loss_norm=token", "--mask_truncated=true", "--resample_equal=2"],
     ["--inner_epochs=2", "--minibatches=2", "--kl_coef=0"], ["--task=arithmetic"], ["--n_numbers=4", "--max_number=12", "--ops=+-*/"], ["--n_numbers=2"]])
@@ -189,10 +199,8 @@ def test_a_majority_votes_over_answers_and_the_first_wins_a_tie():
     assert train.majority([none, none, none, right]) and not train.majority([none]) and not train.majority([])
 
 
-def test_evaluation_counts_what_it_says(tiny, monkeypatch):
+def test_evaluation_counts_what_it_says():
     """Four samples of each of two problems with known verdicts, through the real `evaluate`."""
-    import data
-    from model import GPT, GPTConfig, Generation
     tok = data.load_tokenizer()
     texts = ["<think>\n</think>\n<answer>3+7</answer>", "<answer>7+3</answer>", "<answer>7*3</answer>", "no",   # vote: 3+7, right
              "<answer>9-8</answer>", "<answer>9-8</answer>", "<answer>8*9</answer>", "no"]                        # vote: 9-8, wrong
