@@ -48,7 +48,7 @@ WORDS = {  # each in English and Chinese; one of the two is drawn every time it 
 }
 MISS = WORDS["miss"]
 VERDICT = re.compile("|".join(WORDS["miss"] + WORDS["hit"]))
-PIECES = ["User: ", "\nAssistant: ", "make ", " from ", ": ", "what is ", "<think>\n", "<think>", "</think>\n", "</think>",
+PIECES = ["User: ", "\nAssistant: ", "make ", " from ", " and ", ": ", "what is ", "<think>\n", "<think>", "</think>\n", "</think>",
           "<answer>", "</answer>", ", "] + [f"{i}. " for i in range(1, 25)] + [w for pair in WORDS.values() for w in pair]
 
 
@@ -112,7 +112,8 @@ class Problem:
 
 def countdown_problem(numbers, target):
     """Make `target` from `numbers`, each used exactly once."""
-    return Problem("countdown", f"make {target} from {', '.join(map(str, numbers))}", tuple(numbers), target)
+    *most, last = numbers
+    return Problem("countdown", f"make {target} from {', '.join(map(str, most))} and {last}", tuple(numbers), target)
 
 
 def combine(a, b, ops):
@@ -295,12 +296,12 @@ def goes_on_after_a_miss(text):
 
 def document(cfg, rng):
     """One document of the corpus, as (prompt, text): a table of sums, or somebody's attempt at a problem."""
-    kind = rng.choices(["countdown", "arithmetic", "table"], [0.8, 0.12, 0.08])[0]
+    kind = rng.choices(["countdown", "arithmetic", "table"], [0.82, 0.12, 0.06])[0]
     habits = draw_habits(rng)
     if kind == "table":
         return "", "".join(table_line(cfg, habits, rng) for _ in range(20))
     problem = draw_problem(cfg, rng, kind)
-    if kind == "countdown" and rng.random() < 0.25:
+    if kind == "countdown" and rng.random() < 0.2:
         problem = without_solution(problem, cfg, rng)
     lines, answer = TASKS[kind].write(problem, cfg, habits, rng)
     think, answer = "".join(lines), str(answer)
