@@ -212,7 +212,6 @@ class Habits:
     """How the author of one document writes. RL will have to find out which habits pay."""
     chinese: float  # share of words in Chinese
     layout: str     # which tags are used: full, think, answer, none
-    orderly: bool   # tries pairs and operations in a fixed order and numbers them, or at random
     checks: bool    # compares results with the target, or just takes what comes
     patience: int   # misses before giving up
 
@@ -221,7 +220,6 @@ def draw_habits(rng):
     return Habits(
         chinese=rng.choice([0.1, 0.5, 0.9]),
         layout=rng.choices(["full", "think", "answer", "none"], [0.4, 0.1, 0.1, 0.4])[0],
-        orderly=rng.random() < 0.75,
         checks=rng.random() < 0.6,
         patience=rng.choices([3, 6, 9, 12, 18, 30], [58, 6, 6, 6, 8, 16])[0],  # most give up after a branch or two
     )
@@ -251,13 +249,10 @@ def write_countdown(problem, cfg, habits, rng):
 
     def search(numbers):
         nonlocal misses, tried
-        options = steps(numbers, cfg.ops)
-        if not habits.orderly:
-            rng.shuffle(options)
-        for i, (a, op, b, c, rest) in enumerate(options, start=1):
+        for i, (a, op, b, c, rest) in enumerate(steps(numbers, cfg.ops), start=1):
             expression = f"{a.expression}{op}{b.expression}"
             if rest:
-                number = f"{i}. " if habits.orderly and len(numbers) == cfg.n_numbers else ""
+                number = f"{i}. " if len(numbers) == cfg.n_numbers else ""
                 lines.append(f"{number}{say('keep', habits, rng)}{', '.join(map(str, rest))}: {a}{op}{b}={c}\n")
                 answer = search(rest + (Made(c, f"({expression})"),))
                 if answer:

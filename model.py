@@ -30,7 +30,7 @@ class GPTConfig:
     n_layer: int = opt(3, "transformer blocks")
     n_embd: int = opt(128, "width of the residual stream")
     n_head: int = opt(4, "query heads")
-    n_kv_head: int = opt(1, "key/value heads, each shared by n_head / n_kv_head query heads")
+    n_kv_head: int = opt(2, "key/value heads, each shared by n_head / n_kv_head query heads")
     head_dim: int = opt(16, "width of a head; 0 = n_embd / n_head")
     mlp_dim: int = opt(256, "hidden width of the SwiGLU MLP")
     context: int = opt(512, "longest sequence, in tokens")
