@@ -18,7 +18,7 @@ from model import BadInput, opt
 
 @dataclass
 class DataConfig:
-    task: str = opt("countdown", "what RL trains on: countdown or arithmetic")
+    task: str = opt("countdown", "what RL trains on, and most of the corpus is about: countdown or arithmetic")
     n_numbers: int = opt(3, "numbers in a problem, 2 to 4")
     max_number: int = opt(9, "numbers are drawn from 1 to this, at most 99")
     ops: str = opt("+-*", "operations a problem may need, from + - * /")
@@ -291,7 +291,7 @@ def goes_on_after_a_miss(text):
 
 def document(cfg, rng):
     """One document of the corpus, as (prompt, text): a table of sums, or somebody's attempt at a problem."""
-    kind = rng.choices(["countdown", "arithmetic", "table"], [0.82, 0.12, 0.06])[0]
+    kind = rng.choices([cfg.task, rng.choice([task for task in TASKS if task != cfg.task]), "table"], [0.82, 0.12, 0.06])[0]
     habits = draw_habits(rng)
     if kind == "table":
         return "", "".join(table_line(cfg, habits, rng) for _ in range(20))

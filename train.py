@@ -157,8 +157,6 @@ class Run:
         self.seconds = 0.0
         self.saved = load_checkpoint(self.path("ckpt.pt")) if os.path.exists(self.path("ckpt.pt")) else None
         if self.saved:
-            if "base_steps" not in given:  # a base that is there is taken as long as it was made
-                self.cfg.train.base_steps = self.saved["settings"]["base_steps"]
             self.refuse_contradictions()
 
     def check_lengths(self):
@@ -460,10 +458,10 @@ def names(cls, *left_out):
 
 
 TASK_DEFAULTS = {"arithmetic": {"base_steps": 500, "rl_steps": 40}}  # an easier task needs less
-WORLD = names(DataConfig, "task", "eval_problems") + ["seed"]
+WORLD = names(DataConfig, "eval_problems") + ["seed"]
 STAGES = {
     "base": Stage(train_base, None, {}, names(GPTConfig) + WORLD + ["base_steps", "base_lr", "base_rows", "base_length"]),
-    "zero": Stage(train_zero, "base", {}, WORLD + ["task", "rl_lr", "rl_warmup"] + names(RewardConfig) + names(GRPOConfig, "micro_tokens")),
+    "zero": Stage(train_zero, "base", {}, WORLD + ["rl_lr", "rl_warmup"] + names(RewardConfig) + names(GRPOConfig, "micro_tokens")),
 }
 
 

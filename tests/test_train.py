@@ -121,13 +121,10 @@ def test_going_on_with_other_settings_is_refused_by_name(finished):
     assert torch.equal(weights(finished / "zero"), before)
 
 
-def test_a_task_has_defaults_and_a_base_is_taken_as_long_as_it_was_made(tmp_path):
-    short = [flag for flag in TINY if not flag.startswith(("--base_steps", "--rl_steps"))]
-    assert train.Run("zero", {"task": "arithmetic", "out_dir": str(tmp_path)}).cfg.train.rl_steps < train.TrainConfig().rl_steps
-    assert train.Run("zero", {"task": "arithmetic", "rl_steps": 999, "out_dir": str(tmp_path)}).cfg.train.rl_steps == 999
-    run(tmp_path, "base")
-    run(tmp_path, "base", tiny=short)
-    assert len(lines(tmp_path / "base")) == 12
+def test_a_task_has_defaults_between_the_general_ones_and_the_command_line(tmp_path):
+    given = {"task": "arithmetic", "out_dir": str(tmp_path)}
+    assert train.Run("zero", given).cfg.train.rl_steps < train.TrainConfig().rl_steps
+    assert train.Run("zero", {**given, "rl_steps": 999}).cfg.train.rl_steps == 999
 
 
 @pytest.mark.parametrize("flags", [
