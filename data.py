@@ -219,9 +219,9 @@ class Habits:
 def draw_habits(rng):
     return Habits(
         chinese=rng.choice([0.1, 0.5, 0.9]),
-        layout=rng.choices(["full", "think", "answer", "none"], [0.4, 0.1, 0.1, 0.4])[0],
+        layout=rng.choices(["full", "think", "answer", "none"], [0.35, 0.1, 0.1, 0.45])[0],
         checks=rng.random() < 0.6,
-        patience=rng.choices([3, 6, 9, 12, 18, 30], [58, 6, 6, 6, 8, 16])[0],  # most give up after a branch or two
+        patience=rng.choices([3, 6, 9, 12, 18, 30], [60, 6, 6, 6, 8, 14])[0],  # most give up after a branch or two
     )
 
 
@@ -291,7 +291,7 @@ def goes_on_after_a_miss(text):
 
 def document(cfg, rng):
     """One document of the corpus, as (prompt, text): a table of sums, or somebody's attempt at a problem."""
-    kind = rng.choices([cfg.task, rng.choice([task for task in TASKS if task != cfg.task]), "table"], [0.82, 0.12, 0.06])[0]
+    kind = rng.choices([cfg.task, rng.choice([task for task in TASKS if task != cfg.task]), "table"], [0.9, 0.04, 0.06])[0]
     habits = draw_habits(rng)
     if kind == "table":
         return "", "".join(table_line(cfg, habits, rng) for _ in range(20))
@@ -330,20 +330,22 @@ TASKS = {
 
 
 def corpus_batch(cfg, tokenizer, rng, rows, length):
-    """Whole documents packed first-fit into rows: token ids (rows, length), padded, and a mask of the same
-    shape that is False on the padding. A row starts with a document and none is split, because a
-    trace without its prompt is noise."""
-    packed = [[] for _ in range(rows)]
-    misfits = 0
-    while misfits < 8:  # eight documents in a row that fit nowhere: full enough
+    """Whole documents packed into rows: token ids (rows, length), padded, and a mask of the same shape that
+    is False on the padding. A row starts with a document and none is split, because a trace without its
+    prompt is noise. The longest are placed first, so that it is not the patient authors who find no room."""
+    documents, total = [], 0
+    while total < 0.98 * rows * length:
         prompt, text = document(cfg, rng)
-        ids = tokenizer.encode(prompt + text) + [tokenizer.end_id]
-        row = next((row for row in packed if len(row) + len(ids) <= length), None)
-        if row is None:
-            misfits += 1
-        else:
-            row += ids
-    return pad(packed, tokenizer.pad_id, length)
+        documents.append(tokenizer.encode(prompt + text) + [tokenizer.end_id])
+        total += len(documents[-1])
+    packed = [[] for _ in range(rows)]
+    for ids in sorted(documents, key=len, reverse=True):
+        row = next((row for row in packed if sum(map(len, row)) + len(ids) <= length), None)
+        if row is not None:
+            row.append(ids)
+    for row in packed:
+        rng.shuffle(row)
+    return pad([sum(row, []) for row in packed], tokenizer.pad_id, length)
 
 
 def pad(rows, pad_id, length=None):
