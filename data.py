@@ -333,11 +333,16 @@ def corpus_batch(cfg, tokenizer, rng, rows, length):
     """Whole documents packed into rows: token ids (rows, length), padded, and a mask of the same shape that
     is False on the padding. A row starts with a document and none is split, because a trace without its
     prompt is noise. The longest are placed first, so that it is not the patient authors who find no room."""
-    documents, total = [], 0
+    documents, total, drawn = [], 0, 0
     while total < 0.98 * rows * length:
+        drawn += 1
+        if drawn > 1000 and not documents:
+            raise BadInput(f"base_length={length - 1} has no room for any document of the corpus: raise it")
         prompt, text = document(cfg, rng)
-        documents.append(tokenizer.encode(prompt + text) + [tokenizer.end_id])
-        total += len(documents[-1])
+        ids = tokenizer.encode(prompt + text) + [tokenizer.end_id]
+        if len(ids) <= length:
+            documents.append(ids)
+            total += len(ids)
     packed = [[] for _ in range(rows)]
     for ids in sorted(documents, key=len, reverse=True):
         row = next((row for row in packed if sum(map(len, row)) + len(ids) <= length), None)

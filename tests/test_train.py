@@ -155,7 +155,8 @@ def test_sample_shows_thinking_answer_and_score(finished):
     (["--rl_steps=0"], ["rl_steps"]), (["--group_size=-1"], ["group_size"]), (["--n_numbers=9"], ["n_numbers"]), (["--task=chess"], ["chess", "countdown"]),
     (["--n_kv_head=3"], ["n_kv_head"]), (["--w_accuracy=0", "--w_format=0"], ["w_accuracy"]), (["--device=abacus"], ["abacus"]),
     (["eval", "--ckpt=/nowhere/ckpt.pt"], ["/nowhere/ckpt.pt"]), (["--out_dir=/dev/null/out"], ["/dev/null/out"]), (["--rl_lr=nan"], ["rl_lr"]),
-    (["--threads=-2"], ["threads"]), (["--context=30", "--base_length=20"], ["context"])])
+    (["--threads=-2"], ["threads"]), (["--context=30", "--base_length=20"], ["context"]),
+    (["--base_length=10"], ["base_length"])])
 def test_bad_input_is_one_line_and_exit_code_2(argv, words, tmp_path):
     out = [] if any(a.startswith("--out_dir") for a in argv) else [f"--out_dir={tmp_path}"]
     done = command(*argv, *out)
