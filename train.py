@@ -45,11 +45,11 @@ class TrainConfig:
     seed: int = opt(1, "every random choice follows from it")
     device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
     threads: int = opt(0, "CPU threads; 0 = one a core")
-    base_steps: int = opt(1000, "optimiser steps of next-token training")
+    base_steps: int = opt(1150, "optimiser steps of next-token training")
     base_lr: float = opt(1e-2, "its peak learning rate")
     base_rows: int = opt(12, "rows of packed documents a step")
     base_length: int = opt(352, "tokens a row")
-    rl_steps: int = opt(70, "GRPO steps")
+    rl_steps: int = opt(60, "GRPO steps")
     rl_lr: float = opt(1e-3, "learning rate of GRPO")
     rl_warmup: int = opt(5, "GRPO steps until the learning rate is reached")
     eval_every: int = opt(20, "GRPO steps between short evaluations; 0 = none")
@@ -370,11 +370,12 @@ def read_results(folder):
 
 def print_table(columns):
     """{column's name: metrics} as a table, a line a metric."""
+    k = max(m["samples"] for m in columns.values())
     rows = [("pass@1, sampled", lambda m: f"{m['pass@1']:.1%}"),
             ("  95 % interval", lambda m: "{:.1%} - {:.1%}".format(*m["pass@1_ci"])),
             ("pass@1, greedy", lambda m: f"{m['pass@1_greedy']:.1%}"),
-            ("pass@k", lambda m: f"{m['pass@%d' % m['samples']]:.1%}"),
-            ("cons@k, majority vote", lambda m: f"{m['cons@%d' % m['samples']]:.1%}"),
+            (f"pass@{k}", lambda m: f"{m['pass@%d' % m['samples']]:.1%}"),
+            (f"cons@{k}, majority vote", lambda m: f"{m['cons@%d' % m['samples']]:.1%}"),
             ("format", lambda m: f"{m['format']:.1%}"),
             ("mean length, tokens", lambda m: f"{m['length']:.1f}"),
             ("goes on after a miss", lambda m: f"{m['rechecks']:.1%}"),
