@@ -296,7 +296,7 @@ def document(cfg, rng):
     if kind == "table":
         return "", "".join(table_line(cfg, habits, rng) for _ in range(20))
     problem = draw_problem(cfg, rng, kind)
-    if kind == "countdown" and rng.random() < 0.2:
+    if kind == "countdown" and rng.random() < 0.3:
         problem = without_solution(problem, cfg, rng)
     lines, answer = TASKS[kind].write(problem, cfg, habits, rng)
     think, answer = "".join(lines), str(answer)

@@ -45,7 +45,7 @@ class TrainConfig:
     seed: int = opt(1, "every random choice follows from it")
     device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
     threads: int = opt(0, "CPU threads; 0 = one a core")
-    base_steps: int = opt(1150, "optimiser steps of next-token training")
+    base_steps: int = opt(1300, "optimiser steps of next-token training")
     base_lr: float = opt(1e-2, "its peak learning rate")
     base_rows: int = opt(12, "rows of packed documents a step")
     base_length: int = opt(352, "tokens a row")
