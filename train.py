@@ -105,8 +105,9 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv):
     """Command line -> (stages or commands, {setting: value} as given)."""
-    parser = Parser(prog="train.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="train.py", usage="python train.py [STAGE ...] [--setting=value ...]", allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS, description=__doc__,
+                    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=150))
     parser.add_argument("words", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default zero), or the command eval")
     for group in fields(Config):
         section = parser.add_argument_group(group.name)
@@ -160,8 +161,10 @@ class Run:
             self.refuse_contradictions()
 
     def check_lengths(self):
-        """Raises BadInput before any work if the longest sequences will not fit the context."""
+        """Raises BadInput before any work if the model cannot hold the tokens or the longest sequences."""
         cfg, context = self.cfg, self.cfg.model.context
+        if cfg.model.vocab_size < self.tok.n_vocab:
+            raise BadInput(f"vocab_size={cfg.model.vocab_size} is less than the tokenizer's {self.tok.n_vocab}: leave it out")
         prompt = max(len(self.tok.encode(p.prompt)) for p in data.eval_problems(cfg.data, 50))
         if cfg.train.base_length > context:
             raise BadInput(f"base_length={cfg.train.base_length} does not fit the context of {context}: lower it or raise --context")

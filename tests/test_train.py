@@ -147,6 +147,11 @@ def test_sample_shows_thinking_answer_and_score(finished):
     assert done.returncode == 0 and done.stdout.count("make 20 from 3, 7 and 2") == 2 and "accuracy 0" in done.stdout
 
 
+def test_a_prompt_longer_than_the_context_is_refused_in_one_line(finished):
+    done = command(f"--ckpt={finished / 'zero' / 'ckpt.pt'}", "--numbers=" + ",".join("7" * 100), "--target=20", script="sample.py")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "context" in done.stderr
+
+
 # ---------------------------------------------------------------------------------------- bad input
 
 
@@ -156,7 +161,7 @@ def test_sample_shows_thinking_answer_and_score(finished):
     (["--n_kv_head=3"], ["n_kv_head"]), (["--w_accuracy=0", "--w_format=0"], ["w_accuracy"]), (["--device=abacus"], ["abacus"]),
     (["eval", "--ckpt=/nowhere/ckpt.pt"], ["/nowhere/ckpt.pt"]), (["--out_dir=/dev/null/out"], ["/dev/null/out"]), (["--rl_lr=nan"], ["rl_lr"]),
     (["--threads=-2"], ["threads"]), (["--context=30", "--base_length=20"], ["context"]),
-    (["--base_length=5"], ["base_length"])])
+    (["--base_length=5"], ["base_length"]), (["--vocab_size=10"], ["vocab_size"])])
 def test_bad_input_is_one_line_and_exit_code_2(argv, words, tmp_path):
     out = [] if any(a.startswith("--out_dir") for a in argv) else [f"--out_dir={tmp_path}"]
     done = command(*argv, *out)
