@@ -52,6 +52,7 @@ class TrainConfig:
     rl_steps: int = opt(60, "GRPO steps")
     rl_lr: float = opt(1e-3, "learning rate of GRPO")
     rl_warmup: int = opt(5, "GRPO steps until the learning rate is reached")
+    rl_hold: int = opt(15, "GRPO step after which it falls as 1/sqrt(step)")
     eval_every: int = opt(20, "GRPO steps between short evaluations; 0 = none")
     eval_samples: int = opt(16, "completions of each held-out problem in an evaluation")
     save_every: int = opt(20, "GRPO steps between checkpoints; next-token training saves every 10 times as many")
@@ -59,7 +60,7 @@ class TrainConfig:
 
     def check(self):
         """Raises BadInput, naming the setting, on a value that cannot be run."""
-        for name in ("base_steps", "base_rows", "base_length", "rl_steps", "rl_warmup", "eval_samples", "save_every"):
+        for name in ("base_steps", "base_rows", "base_length", "rl_steps", "rl_warmup", "rl_hold", "eval_samples", "save_every"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("base_lr", "rl_lr"):
@@ -267,7 +268,7 @@ def rl_loop(run, model, ref, draw, reward_fn, check):
     start = run.resume(model, optimizers, ref)
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=run.name, disable=None):
         t0 = time.time()
-        set_lr(optimizers, cfg.train.rl_lr * min((step + 1) / cfg.train.rl_warmup, 1.0))
+        set_lr(optimizers, cfg.train.rl_lr * min((step + 1) / cfg.train.rl_warmup, 1.0, (cfg.train.rl_hold / (step + 1)) ** 0.5))
         python, generator = rng(cfg.train.seed, run.name, step)
 
         def sample(n):
@@ -462,12 +463,12 @@ def names(cls, *left_out):
 
 
 TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
-    "arithmetic": {"base_steps": 1200, "base_length": 176, "rl_steps": 120, "rl_lr": 5e-4},
+    "arithmetic": {"base_steps": 1200, "base_length": 176, "rl_steps": 120},
 }
 WORLD = names(DataConfig, "eval_problems") + ["seed"]
 STAGES = {
     "base": Stage(train_base, None, {}, names(GPTConfig) + WORLD + ["base_steps", "base_lr", "base_rows", "base_length"]),
-    "zero": Stage(train_zero, "base", {}, WORLD + ["rl_lr", "rl_warmup"] + names(RewardConfig) + names(GRPOConfig, "micro_tokens")),
+    "zero": Stage(train_zero, "base", {}, WORLD + ["rl_lr", "rl_warmup", "rl_hold"] + names(RewardConfig) + names(GRPOConfig, "micro_tokens")),
 }
 
 
