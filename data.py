@@ -44,7 +44,7 @@ class DataConfig:
 LARGEST = 99  # the toy world counts with 0..99, one token each
 WORDS = {  # each in English and Chinese; one of the two is drawn every time it is used
     "keep": ("keep ", "留 "), "against": (" vs ", " 比 "), "miss": (" no\n", " 不对\n"), "hit": (" yes\n", " 对了\n"),
-    "quit": ("I give up\n", "算了\n"), "answer": ("answer: ", "答案: "),
+    "quit": ("I give up\n", "算了\n"), "nothing": ("nothing fits\n", "都不行\n"), "answer": ("answer: ", "答案: "),
 }
 MISS = WORDS["miss"]
 VERDICT = re.compile("|".join(WORDS["miss"] + WORDS["hit"]))
@@ -111,8 +111,8 @@ class Problem:
 
 
 def countdown_problem(numbers, target):
-    """Make `target` from `numbers`, each used exactly once."""
-    *most, last = numbers
+    """Make `target` from `numbers`, each used exactly once. In ascending order, whatever theirs: the same puzzle reads the same."""
+    *most, last = numbers = sorted(numbers)
     return Problem("countdown", f"make {target} from {', '.join(map(str, most))} and {last}", tuple(numbers), target)
 
 
@@ -268,10 +268,12 @@ def write_countdown(problem, cfg, habits, rng):
                 if hit or misses == habits.patience:
                     return expression
 
-    answer = search(tuple(Made(n, str(n)) for n in problem.numbers)) or tried
-    if habits.checks and not lines[-1].endswith(WORDS["hit"]):
-        lines.append(say("quit", habits, rng))
-    return lines, answer
+    answer = search(tuple(Made(n, str(n)) for n in problem.numbers))
+    if answer is None:
+        lines.append(say("nothing", habits, rng))
+    elif habits.checks and not lines[-1].endswith(WORDS["hit"]):
+        lines.append(say("quit", habits, rng))  # not the same words: RL unlearns giving up, and must not unlearn to stop
+    return lines, answer or tried
 
 
 def write_arithmetic(problem, cfg, habits, rng):
@@ -291,7 +293,7 @@ def goes_on_after_a_miss(text):
 
 def document(cfg, rng):
     """One document of the corpus, as (prompt, text): a table of sums, or somebody's attempt at a problem."""
-    kind = rng.choices([cfg.task, rng.choice([task for task in TASKS if task != cfg.task]), "table"], [0.86, 0.04, 0.1])[0]
+    kind = rng.choices([cfg.task, rng.choice([task for task in TASKS if task != cfg.task]), "table"], [0.81, 0.04, 0.15])[0]
     habits = draw_habits(rng)
     if kind == "table":
         return "", "".join(table_line(cfg, habits, rng) for _ in range(20))

@@ -144,7 +144,7 @@ def test_eval_writes_beside_the_checkpoint(finished, tmp_path, capsys):
 
 def test_sample_shows_thinking_answer_and_score(finished):
     done = command(f"--ckpt={finished / 'zero' / 'ckpt.pt'}", "--numbers=3,7,2", "--target=20", "--max_new_tokens=12", "--n=2", script="sample.py")
-    assert done.returncode == 0 and done.stdout.count("make 20 from 3, 7 and 2") == 2 and "accuracy 0" in done.stdout
+    assert done.returncode == 0 and done.stdout.count("make 20 from 2, 3 and 7") == 2 and "accuracy 0" in done.stdout
 
 
 def test_a_prompt_longer_than_the_context_is_refused_in_one_line(finished):

@@ -1,0 +1,85 @@
+"""How fast sampling is: new tokens a second, peak memory, share of the machine's limit; one JSON line a case.
+
+    taskset -c 0 python tests/bench/rollout.py --threads=1
+    python tests/bench/rollout.py --shape=qwen1.5b --device=cuda --dtype=bfloat16 --prompts=16 --group=8
+
+With transformers installed its `generate` does the same work in turn with ours, and the ratio is printed.
+"""
+import argparse
+
+import torch
+
+from common import (END, SHAPES, alternate, as_transformers, build, copy_rate, end_after, matmul_rate, matrix_params,
+                    ratio, report, spread)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="tiny,medium", help=f"some of {', '.join(SHAPES)}")
+    parser.add_argument("--lengths", default="even,uneven", help="even: 128 new tokens each; uneven: geometric, mean 40, at most 256")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="0 = one a core")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--alone", action="store_true", help="do not run transformers beside")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    for shape in args.shape.split(","):
+        for lengths in args.lengths.split(","):
+            run(args, shape, lengths)
+
+
+def run(args, shape, lengths):
+    dtype = getattr(torch, args.dtype)
+    new_tokens, mean = (128, None) if lengths == "even" else (256, 40)
+    model = end_after(build(shape, dtype, args.device), mean)
+    cfg, total = model.cfg, args.prompts * args.group
+    prompts = torch.randint(1, cfg.vocab_size, (args.prompts, 32), generator=torch.Generator().manual_seed(1))
+    lists, generator = prompts.tolist(), torch.Generator().manual_seed(2)
+
+    def ours():
+        out = model.generate(lists, args.group, max_new_tokens=new_tokens, stop_ids=(END,), generator=generator)
+        return int(out.mask.sum())
+
+    contestants = {"ours": ours}
+    theirs = None if args.alone else as_transformers(model)
+    if theirs is not None:
+        inputs = prompts.to(args.device)
+        contestants["transformers"] = lambda: useful(theirs.generate(
+            inputs, attention_mask=torch.ones_like(inputs), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            num_return_sequences=args.group, max_new_tokens=new_tokens, eos_token_id=END, pad_token_id=END)[:, 32:])
+
+    with torch.no_grad():
+        results = alternate(contestants, args.rounds, args.device)
+    for name, rounds in results.items():
+        rates = [r["work"] / r["seconds"] for r in rounds]
+        report(bench="rollout", shape=shape, lengths=lengths, who=name, dtype=args.dtype, device=args.device,
+               threads=torch.get_num_threads(), tokens_per_s=spread(rates), peak_mib=round(max(r["peak"] for r in rounds)),
+               share_of_limit=[round(share(args, cfg, dtype, rounds[0]["work"], total, rate), 3) for rate in spread(rates)])
+    if theirs is not None:
+        report(bench="rollout", shape=shape, lengths=lengths, ours_over_transformers=ratio(results["ours"], results["transformers"]))
+
+
+def useful(completions):
+    """Tokens up to the first end token, it included."""
+    ended = (completions == END).int().cumsum(1)
+    return int((ended - (completions == END).int() == 0).sum())
+
+
+def share(args, cfg, dtype, work, rows, rate):
+    """What `rate` tokens/s are of what the machine could do at most. CPU: the FLOPs of useful tokens over the rate of
+    a matrix product. GPU: weights and cache that each step has to read, over the rate of a copy."""
+    mean_columns = 32 + work / rows / 2
+    if args.device == "cpu":
+        attention = 4 * cfg.n_layer * cfg.n_head * cfg.d_head * mean_columns
+        return rate * (2 * matrix_params(cfg) + attention) / matmul_rate(rows, cfg, dtype, args.device)
+    size = torch.finfo(dtype).bits // 8
+    cache = rows * mean_columns * 2 * cfg.n_layer * cfg.n_kv_head * cfg.d_head
+    return (rate / rows) * (matrix_params(cfg) + cache) * size / copy_rate(args.device)
+
+
+if __name__ == "__main__":
+    main()
