@@ -221,7 +221,7 @@ def draw_habits(rng):
         chinese=rng.choice([0.1, 0.5, 0.9]),
         layout=rng.choices(["full", "think", "answer", "none"], [0.35, 0.1, 0.1, 0.45])[0],
         checks=rng.random() < 0.6,
-        patience=rng.choices([3, 6, 9, 12, 18, 30], [60, 6, 6, 6, 8, 14])[0],  # most give up after a branch or two
+        patience=rng.choices([3, 6, 9, 12, 18, 30], [66, 5, 5, 5, 7, 12])[0],  # most give up after a branch or two
     )
 
 

@@ -126,7 +126,7 @@ def group_advantages(rewards, adv_norm="std"):
 def token_weights(mask, cfg):
     """Equation (5)'s averages as one weight a token, (N, T), so that the loss is a plain sum.
     Made once for the whole batch of an optimiser step: micro-batches then add up to the same gradient."""
-    mask = mask.float()
+    mask = mask.double()
     N = len(mask)
     if cfg.loss_norm == "token":
         return mask / mask.sum().clamp(min=1)
@@ -140,7 +140,7 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
     `logp_ref` may be None if cfg.kl_coef is 0. `weights` (N, T) are the rows' share of a larger batch's
     `token_weights`; loss and metrics of the parts then sum to those of the whole."""
     mask, adv = mask.bool(), adv[:, None]
-    weights = token_weights(mask, cfg) if weights is None else weights
+    weights = (token_weights(mask, cfg) if weights is None else weights).to(logp.dtype)
 
     # What lies outside the mask is padding or prompt: set to 0 before exp, or an inf there would survive as inf * 0.
     log_ratio = (logp - logp_old).masked_fill(~mask, 0.0)
@@ -194,7 +194,7 @@ def grpo_step(model, ref, optimizers, batch, cfg, generator):
     for epoch in range(cfg.inner_epochs):
         order = torch.randperm(N, generator=generator).to(mask.device)
         for minibatch in order.chunk(cfg.minibatches):
-            weights = torch.zeros_like(batch.logp_old)
+            weights = torch.zeros_like(batch.logp_old, dtype=torch.float64)
             weights[minibatch] = token_weights(mask[minibatch], cfg)
             for rows in micro_batches(minibatch, lengths, cfg.micro_tokens):
                 T = int(lengths[rows].max())

@@ -233,14 +233,14 @@ class Generation:
 def sample_token(logits, temperature, u):
     """Draws one token a row of logits (n, V) by inverting the CDF at u (n,) in [0, 1); returns
     tokens (n,) and their log-probs (n,). Temperature 0 takes the likeliest token (log-prob at T = 1)."""
-    logp = F.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    p = F.softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
-        token = logp.argmax(-1, keepdim=True)
+        token = p.argmax(-1, keepdim=True)
     else:
-        cdf = logp.exp().cumsum(-1)
+        cdf = p.cumsum(-1)
         # right=True never picks a token of probability 0; the factor keeps rounding from reaching past the end.
         token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:] * (1 - 2**-22), right=True)
-    return token[:, 0], logp.gather(1, token)[:, 0]
+    return token[:, 0], p.gather(1, token)[:, 0].log()
 
 
 @torch.no_grad()
@@ -289,7 +289,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
         stopped[rows] |= torch.isin(token, stop)
         if t + 1 == max_new_tokens:
             break
-        if t % 8 == 7:  # looking for finished rows makes the host wait for the device: not every token
+        if t % 4 == 3:  # looking for finished rows makes the host wait for the device: not every token
             alive = (~stopped[rows]).nonzero()[:, 0]
             if len(alive) == 0:
                 break

@@ -92,6 +92,13 @@ def test_the_loss_is_the_papers_formula(norm, kl, high, seed):
     assert all(isinstance(v, float) for v in metrics.values())
 
 
+def test_the_loss_of_large_float64_terms_is_exact_too():
+    logp, old, ref, adv, mask = random_batch(5, N=64, T=300)
+    for norm in ("sequence", "token", "constant"):
+        cfg = GRPOConfig(loss_norm=norm, kl_coef=1.0)
+        assert abs(grpo_loss(logp, old, ref, 1e4 * adv, mask, cfg)[0].item() - plain_loss(logp, old, ref, 1e4 * adv, mask, cfg)) < 1e-6
+
+
 def test_a_sequence_with_nothing_to_learn_counts_as_zero():
     logp, old, ref, adv, mask = random_batch(0)
     mask[2] = False
