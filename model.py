@@ -1,14 +1,19 @@
 """A Llama/Qwen-style decoder with KV-cached group sampling, in one file.
 
 Top to bottom: the config, the transformer, the cache, `generate` (what RL samples with),
-`token_logps` (what RL trains with), checkpoints. Token ids only: text lives in data.py.
+`token_logps` (what RL trains with), checkpoints, Hugging Face folders in and out. Token ids only: text
+lives in data.py.
 
     python -c "import torch, model; print(model.GPT(model.GPTConfig())(torch.zeros(1, 8, dtype=torch.long)).shape)"
 """
+import json
 import math
 import os
+import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -35,8 +40,14 @@ class GPTConfig:
     mlp_dim: int = opt(256, "hidden width of the SwiGLU MLP")
     context: int = opt(512, "longest sequence, in tokens")
     rope_theta: float = opt(10000.0, "RoPE base")
+    rope_factor: float = opt(1.0, "slows RoPE's long waves by this (Llama 3.1); 1 = as they are")
+    rope_low: float = opt(1.0, "with rope_factor: waves that fit rope_original fewer times than this are slowed in full")
+    rope_high: float = opt(4.0, "with rope_factor: waves that fit it more often than this stay as they are")
+    rope_original: int = opt(8192, "with rope_factor: the context before it was stretched")
     norm_eps: float = opt(1e-6, "RMSNorm epsilon")
     qkv_bias: bool = opt(False, "bias on q, k, v (Qwen2)")
+    o_bias: bool = opt(False, "bias on the attention's output (Llama's attention_bias, with qkv_bias)")
+    mlp_bias: bool = opt(False, "bias on the MLP's matrices (Llama's mlp_bias)")
     qk_norm: bool = opt(False, "RMSNorm on each head's q and k before RoPE (Qwen3)")
     tied: bool = opt(True, "output head shares the embedding's weights")
 
@@ -51,6 +62,8 @@ class GPTConfig:
             raise BadInput(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; set head_dim")
         if self.d_head % 2:
             raise BadInput(f"a head of width {self.d_head} is odd: RoPE rotates pairs, so choose an even one")
+        if not 0 < self.rope_low < self.rope_high or self.rope_factor < 1:
+            raise BadInput(f"rope_factor={self.rope_factor} must be at least 1, and rope_low={self.rope_low} less than rope_high={self.rope_high}")
 
     @property
     def d_head(self):
@@ -64,6 +77,10 @@ class GPTConfig:
 def rope_table(cfg, device=None):
     """cos and sin of every position's rotation angles, each (context, head_dim). arXiv 2104.09864."""
     freq = cfg.rope_theta ** (-torch.arange(0, cfg.d_head, 2, device=device, dtype=torch.float32) / cfg.d_head)
+    if cfg.rope_factor != 1:  # Llama 3.1: 1 = short waves, which keep their pace; 0 = long ones, which are slowed
+        short = (cfg.rope_original * freq / (2 * math.pi) - cfg.rope_low) / (cfg.rope_high - cfg.rope_low)
+        short = short.clamp(0, 1)
+        freq = freq * (short + (1 - short) / cfg.rope_factor)
     angle = torch.outer(torch.arange(cfg.context, device=device, dtype=torch.float32), freq).repeat(1, 2)
     return angle.cos(), angle.sin()
 
@@ -81,7 +98,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(cfg.n_embd, cfg.n_head * cfg.d_head, bias=cfg.qkv_bias)
         self.k_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.d_head, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.d_head, bias=cfg.qkv_bias)
-        self.o_proj = nn.Linear(cfg.n_head * cfg.d_head, cfg.n_embd, bias=False)
+        self.o_proj = nn.Linear(cfg.n_head * cfg.d_head, cfg.n_embd, bias=cfg.o_bias)
         self.q_norm = nn.RMSNorm(cfg.d_head, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(cfg.d_head, eps=cfg.norm_eps) if cfg.qk_norm else nn.Identity()
 
@@ -108,9 +125,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.n_embd, cfg.mlp_dim, bias=False)
-        self.up_proj = nn.Linear(cfg.n_embd, cfg.mlp_dim, bias=False)
-        self.down_proj = nn.Linear(cfg.mlp_dim, cfg.n_embd, bias=False)
+        self.gate_proj = nn.Linear(cfg.n_embd, cfg.mlp_dim, bias=cfg.mlp_bias)
+        self.up_proj = nn.Linear(cfg.n_embd, cfg.mlp_dim, bias=cfg.mlp_bias)
+        self.down_proj = nn.Linear(cfg.mlp_dim, cfg.n_embd, bias=cfg.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -177,6 +194,11 @@ class GPT(nn.Module):
     def generate(self, prompts, group_size=1, **options):
         """Samples `group_size` completions of each prompt: see `generate` below."""
         return generate(self, prompts, group_size, **options)
+
+    @staticmethod
+    def from_pretrained(folder, context=0, dtype=torch.float32, device="cpu"):
+        """The model in a Hugging Face folder: see `from_pretrained` below."""
+        return from_pretrained(folder, context, dtype, device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -341,14 +363,21 @@ def token_logps(model, tokens, temperature=1.0, mask=None, chunk_floats=2**24):
 # Checkpoints
 
 
-def save_checkpoint(path, state):
-    """Writes `state` whole or not at all: to a temporary file, flushed to disk, then renamed."""
+@contextmanager
+def whole_file(path):
+    """Opens `path` to be written whole or not at all: a temporary file, flushed to disk, then renamed."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path + ".tmp", "wb") as f:
-        torch.save(state, f)
+        yield f
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
+
+
+def save_checkpoint(path, state):
+    """Writes `state` whole or not at all."""
+    with whole_file(path) as f:
+        torch.save(state, f)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -370,3 +399,226 @@ def load_model(path, device="cpu"):
     model = GPT(GPTConfig(**state["model_config"])).to(device)
     model.load_state_dict(state["model"])
     return model
+
+
+# ------------------------------------------------------------------------------------------------
+# Hugging Face folders: config.json, safetensors, and the tokenizer's files, which data.py reads
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MOST = 2**20  # of anything a config counts; keeps the product of any three below what an int64 holds
+NEUTRAL = {  # what a config may say of features that this transformer does not have
+    "hidden_act": ("silu",), "pretraining_tp": (1,), "rope_interleaved": (False,), "partial_rotary_factor": (1, 1.0),
+    "use_sliding_window": (False,), "quantization_config": (), "num_experts": (), "num_local_experts": (), "is_decoder": (False,),
+    "add_cross_attention": (False,), "logits_scaling": (1, 1.0), "embedding_multiplier": (1, 1.0), "residual_multiplier": (1, 1.0),
+}
+FOLDER_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"]
+
+
+def read_json(path):
+    """The object in a JSON file. Raises BadInput naming the file if there is none."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except OSError as e:
+        raise BadInput(f"cannot read {path} ({e.strerror}): a Hugging Face model folder has one") from None
+    except (ValueError, RecursionError):
+        raise BadInput(f"{path} is not JSON") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} holds no JSON object")
+    return value
+
+
+def config_from_hf(hf):
+    """A config.json (a dict, as transformers 4 or 5 writes it) -> GPTConfig.
+    Raises BadInput naming the field that is malformed or asks for what this transformer does not implement."""
+    family = hf.get("model_type")
+    if family not in ("llama", "qwen2", "qwen3"):
+        raise BadInput(f"config.json: model_type {family!r} is not one of llama, qwen2, qwen3")
+    for name, values in NEUTRAL.items():
+        if hf.get(name) is not None and hf[name] not in values:
+            raise BadInput(f"config.json: {name}={str(hf[name])[:60]} is not implemented here")
+
+    def number(name, default=None, source=hf, most=MOST):
+        value = source.get(name)
+        value = default if value is None else value
+        if type(value) not in (int, float) or not 0 < value <= most or (type(default) is not float and value != int(value)):
+            raise BadInput(f"config.json: {name}={str(value)[:60]} is not a number between 0 and {most}")
+        return value if type(default) is float else int(value)
+
+    layers = hf.get("layer_types") or []
+    if layers != ["full_attention"] * len(layers if isinstance(layers, list) else []):
+        raise BadInput("config.json: layer_types other than full_attention (a sliding window, say) are not implemented here")
+    rope, kinds = {}, []
+    for name in ("rope_scaling", "rope_parameters"):  # as transformers 4 and 5 write it
+        part = hf.get(name) or {}
+        if not isinstance(part, dict) or part.get("partial_rotary_factor") not in (None, 1):
+            raise BadInput(f"config.json: {name}={str(part)[:60]} is not implemented here")
+        kinds.append(part.get("rope_type") or part.get("type") or "default")
+        rope |= part
+    if any(kind not in ("default", "llama3") for kind in kinds):
+        raise BadInput(f"config.json: rope types {', '.join(str(kind)[:60] for kind in kinds)} are not implemented here, only default and llama3")
+    scaling = {} if "llama3" not in kinds else {
+        "rope_factor": number("factor", 1.0, rope), "rope_low": number("low_freq_factor", 1.0, rope),
+        "rope_high": number("high_freq_factor", 4.0, rope), "rope_original": number("original_max_position_embeddings", 8192, rope, 2**30)}
+    n_head, n_embd = number("num_attention_heads"), number("hidden_size")
+    attention_bias = bool(hf.get("attention_bias"))
+    cfg = GPTConfig(
+        vocab_size=number("vocab_size", most=2**24), n_layer=number("num_hidden_layers"), n_embd=n_embd, n_head=n_head,
+        n_kv_head=number("num_key_value_heads", n_head), head_dim=number("head_dim", 128 if family == "qwen3" else n_embd // n_head),
+        mlp_dim=number("intermediate_size"), context=number("max_position_embeddings", 2048, most=2**30),
+        rope_theta=number("rope_theta", float(number("rope_theta", 10000.0, most=1e12)), rope, most=1e12), **scaling,
+        norm_eps=number("rms_norm_eps", 1e-6), qkv_bias=family == "qwen2" or attention_bias, o_bias=family != "qwen2" and attention_bias,
+        mlp_bias=family == "llama" and bool(hf.get("mlp_bias")), qk_norm=family == "qwen3", tied=bool(hf.get("tie_word_embeddings")))
+    cfg.check()
+    return cfg
+
+
+def config_to_hf(cfg):
+    """The inverse. Raises BadInput if no family that transformers knows has such a shape."""
+    if cfg.mlp_bias and cfg.qk_norm or cfg.qkv_bias != cfg.o_bias and (cfg.o_bias or cfg.qk_norm or cfg.mlp_bias):
+        raise BadInput("no Llama, Qwen2 or Qwen3 has this combination of qkv_bias, o_bias, mlp_bias and qk_norm: it cannot be exported")
+    family = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias and not cfg.o_bias else "llama"
+    name = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[family]
+    scaling = {} if cfg.rope_factor == 1 else {"rope_scaling": {
+        "rope_type": "llama3", "factor": cfg.rope_factor, "low_freq_factor": cfg.rope_low, "high_freq_factor": cfg.rope_high,
+        "original_max_position_embeddings": cfg.rope_original}}
+    return {"model_type": family, "architectures": [name], "vocab_size": cfg.vocab_size, "num_hidden_layers": cfg.n_layer,
+            "hidden_size": cfg.n_embd, "num_attention_heads": cfg.n_head, "num_key_value_heads": cfg.n_kv_head, "head_dim": cfg.d_head,
+            "intermediate_size": cfg.mlp_dim, "max_position_embeddings": cfg.context, "rope_theta": cfg.rope_theta, **scaling,
+            "rms_norm_eps": cfg.norm_eps, "hidden_act": "silu", "attention_bias": cfg.o_bias, "mlp_bias": cfg.mlp_bias,
+            "tie_word_embeddings": cfg.tied}
+
+
+def hf_name(name):
+    """A parameter's name here -> its name in a Hugging Face checkpoint."""
+    for ours, theirs in ((".attn.", ".self_attn."), (".attn_norm.", ".input_layernorm."), (".mlp_norm.", ".post_attention_layernorm."),
+                         ("blocks.", "layers."), ("embed.", "embed_tokens.")):
+        name = name.replace(ours, theirs)
+    return name if name.startswith("lm_head.") else "model." + name
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file, each a view of the mapped file: nothing is read or allocated before it is used.
+    Raises BadInput on anything but a whole, well-formed file of fp32, fp16 and bf16 tensors."""
+    def refuse(why):
+        raise BadInput(f"{path}: {why}; the file is damaged or not a safetensors file, fetch it again")
+
+    def once(pairs):
+        if len({name for name, _ in pairs}) < len(pairs):
+            refuse("its header names a tensor twice")
+        return dict(pairs)
+
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as f:
+            start = 8 + int.from_bytes(f.read(8), "little")
+            if size < 8 or start > size:
+                refuse(f"its header is said to end at byte {start}, and the file has {size}")
+            header = json.loads(f.read(start - 8), object_pairs_hook=once)
+    except OSError as e:
+        raise BadInput(f"cannot read {path} ({e.strerror})") from None
+    except BadInput:
+        raise
+    except (ValueError, RecursionError):
+        refuse("its header is not JSON")
+    if not isinstance(header, dict):
+        refuse("its header is no JSON object")
+    header.pop("__metadata__", None)
+
+    whole = lambda x: type(x) is int and 0 <= x <= size
+    end, found = 0, {}
+    for name, entry in header.items():
+        entry = entry if isinstance(entry, dict) else {}
+        dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if str(dtype) not in DTYPES:
+            refuse(f"{name[:80]} has dtype {str(dtype)[:20]}, not one of {', '.join(DTYPES)}")
+        if not isinstance(shape, list) or not all(map(whole, shape)):
+            refuse(f"{name[:80]} has no shape that fits the file")
+        if not isinstance(span, list) or len(span) != 2 or not all(map(whole, span)):
+            refuse(f"{name[:80]} has no offsets that lie in the file")
+        if span[1] - span[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+            refuse(f"{name[:80]} of shape {shape} does not fill its {span[1] - span[0]} bytes")
+        found[name] = (span, DTYPES[dtype], shape)
+    for span, *_ in sorted(found.values(), key=lambda x: x[0]):
+        if span[0] != end:
+            refuse(f"its tensors overlap or leave a gap at byte {start + min(end, span[0])}")
+        end = span[1]
+    if start + end != size:
+        refuse(f"its tensors end at byte {start + end}, and the file has {size}")
+    if not end:
+        return {}
+    data = np.memmap(path, np.uint8, "c", offset=start)  # copy on write: torch wants writable memory, the file stays as it is
+    return {name: torch.from_numpy(data[a:b]).view(dtype).view(shape) if b > a else torch.empty(shape, dtype=dtype)
+            for name, ((a, b), dtype, shape) in found.items()}
+
+
+def read_folder(folder):
+    """All tensors of a Hugging Face folder, in one file or in shards that an index lists."""
+    index, single = (os.path.join(folder, f"model.safetensors{ending}") for ending in (".index.json", ""))
+    if not os.path.exists(index):
+        if not os.path.exists(single):
+            raise BadInput(f"there is no model.safetensors in {folder}: give a Hugging Face model folder with safetensors weights")
+        return read_safetensors(single)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) and f == os.path.basename(f) for f in weight_map.values()):
+        raise BadInput(f"{index} has no weight_map from tensors to files of this folder")
+    shards = {file: read_safetensors(os.path.join(folder, file)) for file in sorted(set(weight_map.values()))}
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            raise BadInput(f"{index} promises {name[:80]} in {file}, which does not hold it")
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+@torch.no_grad()
+def from_pretrained(folder, context=0, dtype=torch.float32, device="cpu"):
+    """A Qwen2, Qwen3 or Llama model from a Hugging Face folder; `context` (0 = the config's) shortens its context.
+    Raises BadInput, before memory is taken, on a config or weights that do not fit."""
+    cfg, tensors = config_from_hf(read_json(os.path.join(folder, "config.json"))), read_folder(folder)
+    cfg.context = min(context or cfg.context, cfg.context)
+    if cfg.n_layer > len(tensors):
+        raise BadInput(f"{folder}: config.json says {cfg.n_layer} layers, and there are only {len(tensors)} tensors")
+    with torch.device("meta"):  # shapes alone
+        model = GPT(cfg)
+    shapes = {hf_name(name): p.shape for name, p in model.named_parameters()}
+    extra = [name for name in tensors if name not in shapes and not name.endswith("rotary_emb.inv_freq") and not (cfg.tied and name == "lm_head.weight")]
+    missing = [name for name in shapes if name not in tensors]
+    misshapen = [f"{name} {tuple(tensors[name].shape)}, not {tuple(shape)}" for name, shape in shapes.items()
+                 if name in tensors and tensors[name].shape != shape]
+    wrong = [f"{what} {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+             for what, names in (("missing", missing), ("misshapen", misshapen), ("unknown", extra)) if names]
+    if wrong:
+        raise BadInput(f"{folder}: the weights do not fit config.json: {'; '.join(wrong)}")
+    model = model.to_empty(device=device).to(dtype)
+    if cfg.tied:
+        model.lm_head.weight = model.embed.weight
+    model.cos, model.sin = (table.to(dtype) for table in rope_table(cfg, device))
+    for name, p in model.named_parameters():
+        p.copy_(tensors[hf_name(name)])
+    return model
+
+
+def save_pretrained(model, folder, source="", dtype=None):
+    """Writes what `from_pretrained`, transformers and vLLM read: model.safetensors in `dtype` (None = as the weights are) and
+    config.json. With `source`, the folder that the weights once came from, its config and tokenizer files come along."""
+    tensors = {hf_name(name): p.detach().to(dtype or p.dtype) for name, p in model.named_parameters()}
+    hf = read_json(os.path.join(source, "config.json")) if source else config_to_hf(model.cfg)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    kind = next(iter(tensors.values())).dtype
+    hf = {**{k: v for k, v in hf.items() if k != "dtype"}, "torch_dtype": str(kind).removeprefix("torch.")}
+    os.makedirs(folder, exist_ok=True)
+    for file in FOLDER_FILES[1:]:
+        if source and os.path.exists(os.path.join(source, file)):
+            shutil.copyfile(os.path.join(source, file), os.path.join(folder, file))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
+        end += t.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    with whole_file(os.path.join(folder, "model.safetensors")) as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors.values():
+            f.write(t.cpu().contiguous().view(torch.uint8).numpy())
+    with whole_file(os.path.join(folder, "config.json")) as f:
+        f.write(json.dumps(hf, indent=2).encode())
