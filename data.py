@@ -4,8 +4,11 @@ A problem is asked in the User/Assistant template; the corpus shows such convers
 corpus would: with and without tags, right and wrong, patient and hasty, in two languages. Nothing in it
 is the policy that RL is meant to find; `python data.py` prints a few documents and the problems behind them.
 """
+import json
+import os
 import random
 import re
+import unicodedata
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +16,7 @@ from functools import lru_cache
 import tiktoken
 import torch
 
-from model import BadInput, opt
+from model import BadInput, opt, read_json
 
 
 @dataclass
@@ -23,6 +26,10 @@ class DataConfig:
     max_number: int = opt(9, "numbers are drawn from 1 to this, at most 99")
     ops: str = opt("+-*", "operations a problem may need, from + - * /")
     eval_problems: int = opt(500, "held-out problems in the final evaluation")
+    data: str = opt("", "JSONL file of {question, answer} lines to take problems from; task is then `file`")
+    template: str = opt("toy", "how problems are put to the model: toy, or for real ones base, qwen (also SmolLM2) or llama")
+    shots: int = opt(0, "worked examples in the prompt, 0 to 3, for real models")
+    prefill_think: bool = opt(False, "the prompt ends with <think>, which then counts as the completion's first word")
 
     def check(self):
         """Raises BadInput, naming the field, on a value that no problem can be made with."""
@@ -36,6 +43,14 @@ class DataConfig:
             raise BadInput(f"ops={self.ops!r} must be some of + - * /, and not / alone")
         if self.eval_problems < 1:
             raise BadInput(f"eval_problems={self.eval_problems} must be at least 1")
+        if self.template not in TEMPLATES:
+            raise BadInput(f"template={self.template!r} is not one of {', '.join(TEMPLATES)}")
+        if not 0 <= self.shots <= 3 or self.shots and self.template == "toy":
+            raise BadInput(f"shots={self.shots} must lie between 0 and 3, and be 0 with --template=toy")
+        if bool(self.data) != (self.task == "file"):
+            raise BadInput(f"task={self.task!r} and data={self.data!r} do not go together: --data=FILE alone is enough")
+        if self.data:
+            file_problems(self.data)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -53,18 +68,77 @@ PIECES = ["User: ", "\nAssistant: ", "make ", " from ", " and ", ": ", "what is 
 
 
 class Tokenizer:
-    """A tiktoken Encoding plus its end and pad ids, which no text encodes to and no text is decoded from."""
+    """A tiktoken Encoding, the ids that end a text (the first is the one to write), and the id to pad with."""
 
-    def __init__(self, encoding, end_id, pad_id):
-        self.encoding, self.end_id, self.pad_id = encoding, end_id, pad_id
-        self.stop_ids = (end_id,)
-        self.n_vocab = encoding.n_vocab
-        special = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
-        self.bytes_of = {i: encoding.decode_single_token_bytes(i) for i in set(range(self.n_vocab)) - special}
+    def __init__(self, pattern, ranks, special, stop_ids, pad_id, hidden, nfc=False):
+        """`pattern` splits text, `ranks` {bytes: id} merges it, `special` {name: id} are tokens that plain text cannot make, of which
+        `hidden` are left out when decoding; `nfc`: Unicode is brought to its composed form first (Qwen)."""
+        self.stop_ids, self.end_id, self.pad_id, self.nfc, self.pattern = stop_ids, stop_ids[0], pad_id, nfc, pattern
+        self.n_vocab = max([*ranks.values(), *special.values()]) + 1
+        self.bytes_of = {id: piece for piece, id in ranks.items()} | {id: name.encode() for name, id in special.items() if name not in hidden}
+        # tiktoken wants a token for every byte; encode() drops those that the vocabulary lacks, as Hugging Face's tokenizers do.
+        self.absent = {b: self.n_vocab + b for b in range(256) if bytes([b]) not in ranks}
+        self.encoding = tiktoken.Encoding("ours", pat_str=pattern, special_tokens=special,
+                                          mergeable_ranks=ranks | {bytes([b]): id for b, id in self.absent.items()})
+        self.special = special
+        self.markers = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")  # the longest wins
 
     def encode(self, text):
         """Text to ids; what looks like a special token in the text is encoded as plain characters."""
-        return self.encoding.encode_ordinary(text)
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        return self.encode_without(text) if self.absent else self.encoding.encode_ordinary(text)
+
+    def encode_without(self, text):
+        """For vocabularies that lack some bytes (SmolLM2: a few control characters, and what begins unassigned planes). Hugging Face drops
+        these bytes within their piece, so their neighbours may merge: such a piece is held by a stand-in and encoded by itself."""
+        stand_in = next((b for b in self.absent if b < 128), None)
+        pieces = []
+
+        def hold(piece):
+            raw = piece[0].encode()
+            kept = bytes(b for b in raw if b not in self.absent)
+            if kept == raw or stand_in is None:
+                return piece[0]
+            pieces.append(kept)
+            return " " * raw.startswith(b" ") + chr(stand_in)
+
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a character is no text
+        ids = []
+        for id in self.encoding.encode_ordinary(re.sub(r" ?(?:[^\s\w]|[\x1c-\x1f_])+", hold, text)):
+            if id == self.absent.get(stand_in):
+                kept = pieces.pop(0)
+                del ids[len(ids) - kept.startswith(b" "):]  # the space before the stand-in is the piece's own
+                ids += self.encoding._encode_single_piece(kept) if kept else []
+            elif id < self.n_vocab:
+                ids.append(id)
+        return ids
+
+    def encode_marked(self, text, question=""):
+        """Text of our own, such as a template, to ids: special tokens in it are meant. Those in the question, which
+        takes the place of {question}, are not."""
+        parts = self.markers.split(text)
+        ids = [self.encode(part.replace("{question}", question)) for part in parts]
+        ids[1::2] = [[self.special[name]] for name in parts[1::2]]
+        return sum(ids, [])
+
+    def save(self, folder):
+        """Writes the tokenizer.json and end token that transformers and `load_tokenizer` read; for the toy vocabulary, whose pieces are
+        all found whole (`ignore_merges`) and never merged."""
+        character = {b: c for c, b in byte_characters().items()}
+        added = [{"id": id, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+                 for name, id in self.special.items()]
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        vocab = {"".join(character[b] for b in piece): id for id, piece in self.bytes_of.items()}
+        end, pad = ([name for name, i in self.special.items() if i == id][0] for id in (self.end_id, self.pad_id))
+        for file, content in (
+                ("tokenizer.json", {"version": "1.0", "added_tokens": added, "normalizer": None, "decoder": byte_level,
+                                    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+                                    "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": []}}),
+                ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": pad}),
+                ("generation_config.json", {"eos_token_id": self.end_id, "pad_token_id": self.pad_id})):
+            with open(os.path.join(folder, file), "w", encoding="utf-8") as f:
+                json.dump(content, f, ensure_ascii=False, indent=1)
 
     def decode(self, ids):
         """Ids to text. Special and unknown ids are left out; bytes that are no UTF-8 become U+FFFD."""
@@ -72,15 +146,99 @@ class Tokenizer:
 
 
 @lru_cache(maxsize=None)
-def load_tokenizer():
-    """The toy vocabulary: 256 bytes, so that any text round-trips, the numbers 10..99 and the words above."""
+def load_tokenizer(folder=""):
+    """The tokenizer of a Hugging Face folder; by default the toy vocabulary: 256 bytes, so that any text
+    round-trips, the numbers 10..99 and the words above."""
+    if folder:
+        return tokenizer_from_hf(folder)
     pieces = [bytes([b]) for b in range(256)] + [str(n).encode() for n in range(10, LARGEST + 1)] + [p.encode() for p in PIECES]
     ranks = {piece: i for i, piece in enumerate(pieces)}
     end_id, pad_id = len(ranks), len(ranks) + 1
     escape = lambda p: "".join(f"\\x{{{ord(c):x}}}" for c in p)
     pattern = "|".join([escape(p) for p in sorted(PIECES, key=len, reverse=True)] + ["[1-9][0-9]", r"[\s\S]"])
-    encoding = tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|end|>": end_id, "<|pad|>": pad_id})
-    return Tokenizer(encoding, end_id, pad_id)
+    special = {"<|end|>": end_id, "<|pad|>": pad_id}
+    return Tokenizer(pattern, ranks, special, (end_id,), pad_id, hidden=special)
+
+
+WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
+# SmolLM2's: digits are cut out one by one beforehand, so that a run of spaces before one ends like one before nothing.
+DIGIT_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+
+
+def byte_characters():
+    """GPT-2's table: the character that stands for each byte in a byte-level vocabulary -> the byte."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(shown)))}
+
+
+def split_pattern(pre_tokenizer):
+    """The regular expression that a tokenizer.json's pre_tokenizer splits text with, or None if it is one we do not know."""
+    steps = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
+    kinds = [step.get("type") for step in steps]
+    if kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        return None
+    words = steps[-1].get("use_regex", True)
+    if kinds == ["ByteLevel"] and words:
+        return WORD_PATTERN
+    if kinds == ["Digits", "ByteLevel"] and words and steps[0].get("individual_digits"):
+        return DIGIT_PATTERN
+    if kinds == ["Split", "ByteLevel"] and not words and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
+        return (steps[0].get("pattern") or {}).get("Regex")
+
+
+def tokenizer_from_hf(folder):
+    """tokenizer.json (byte-level BPE) and the end tokens beside it -> Tokenizer. Raises BadInput on any other kind."""
+    path = os.path.join(folder, "tokenizer.json")
+    file = read_json(path)
+    try:
+        bpe, added = file["model"], {t["content"]: t for t in file.get("added_tokens") or []}
+        if bpe.get("type") != "BPE" or bpe.get("byte_fallback") or bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix"):
+            raise BadInput(f"{path}: only byte-level BPE is implemented here, not {bpe.get('type')}")
+        pattern = split_pattern(file.get("pre_tokenizer"))
+        if pattern is None:
+            raise BadInput(f"{path}: its pre_tokenizer is not one of those implemented here (GPT-2's, SmolLM2's, Qwen's, Llama 3's)")
+        normalizer = file.get("normalizer")
+        if normalizer and normalizer.get("type") != "NFC":
+            raise BadInput(f"{path}: normalizer {normalizer.get('type')} is not implemented here, only NFC")
+        for token in added.values():
+            if token.get("lstrip") or token.get("rstrip") or token.get("single_word") or not token["content"]:
+                raise BadInput(f"{path}: added token {token['content']!r} strips its neighbours, which is not implemented here")
+        special = {name: token["id"] for name, token in added.items()}
+        byte_of, taken = byte_characters(), set(special.values())
+        ranks = {bytes(byte_of[c] for c in piece): id for piece, id in bpe["vocab"].items() if id not in taken}
+        # tiktoken merges the pair whose product has the lowest id, a tokenizer.json the pair listed first: the same only if products rise.
+        merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in bpe["merges"]]
+        products = [bpe["vocab"][a + b] for a, b in merges]
+        if any(a >= b for a, b in zip(products, products[1:])):
+            raise BadInput(f"{path}: its merges do not come in the order of their ids, so tiktoken cannot follow them")
+        ids = [*ranks.values(), *taken]
+        if len(set(ids)) != len(ranks) + len(special) or not all(type(id) is int and 0 <= id < 2**24 for id in ids):
+            raise BadInput(f"{path}: two tokens share an id, or an id is out of range")
+        lost = [b for b in range(0xC0) if bytes([b]) not in ranks and (b > 0x7F or chr(b).isprintable() or chr(b).isspace() and b < 0x1C)]
+        if lost:
+            raise BadInput(f"{path} has no token for byte {lost[0]}: only a few control characters may be missing")
+        hidden = {name for name, token in added.items() if token.get("special")}
+        return Tokenizer(pattern, ranks, special, *end_tokens(folder, special), hidden, nfc=bool(normalizer))
+    except BadInput:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise BadInput(f"{path} is not a tokenizer.json of byte-level BPE ({type(e).__name__}: {str(e)[:60]})") from None
+
+
+def end_tokens(folder, special):
+    """(ids that end a text, the one for padding) from tokenizer_config.json, generation_config.json and config.json, as far as they are there."""
+    read = lambda file: read_json(os.path.join(folder, file)) if os.path.exists(os.path.join(folder, file)) else {}
+    named, ids = read("tokenizer_config.json"), []
+    token = lambda key: special.get(named[key]["content"] if isinstance(named.get(key), dict) else named.get(key))
+    ids.append(token("eos_token"))
+    for file in ("generation_config.json", "config.json"):
+        eos = read(file).get("eos_token_id")
+        ids += eos if isinstance(eos, list) else [eos]
+    ids = [id for id in dict.fromkeys(ids) if type(id) is int and id in special.values()]
+    if not ids:
+        raise BadInput(f"{folder} names no end token: tokenizer_config.json or generation_config.json should have one")
+    pad = token("pad_token")
+    return tuple(ids), ids[0] if pad is None else pad
 
 
 # ------------------------------------------------------------------------------------------------
@@ -91,8 +249,8 @@ def load_tokenizer():
 class Problem:
     task: str      # a key of TASKS
     question: str  # what the user asks
-    numbers: tuple  # the numbers in it
-    target: int    # countdown: the value to make; arithmetic: the value of the expression
+    numbers: tuple  # the numbers in it; none for problems from a file
+    target: int    # countdown: the value to make; arithmetic: the value of the expression; file: the answer, as text
 
     @property
     def prompt(self):
@@ -102,7 +260,7 @@ class Problem:
     @property
     def key(self):
         """Canonical form: two problems with the same numbers in any order and the same target are one."""
-        return f"{self.task} {sorted(self.numbers)} {self.target}"
+        return f"{self.task} {sorted(self.numbers) or self.question} {self.target}"
 
     @property
     def held_out(self):
@@ -188,7 +346,7 @@ def draw_problem(cfg, rng, task=None, held_out=False):
     """One random problem of `task` (default cfg.task), from the training or the held-out part."""
     while True:
         problem = TASKS[task or cfg.task].draw(cfg, rng)
-        if problem.held_out == held_out:
+        if problem.held_out == held_out and not (cfg.shots and problem.key in (p.key for p, *_ in EXAMPLES)):
             return problem
 
 
@@ -201,6 +359,90 @@ def eval_problems(cfg, n):
         if len(found) == n:
             break
     return list(found.values())
+
+
+@lru_cache(maxsize=None)
+def file_problems(path):
+    """The problems of a JSONL file with `question` and `answer` in each line, a tuple. As in GSM8K, an answer may be a whole solution
+    that ends in `#### 72`. Raises BadInput naming the line that is none; needs problems on both sides of the held-out split."""
+    problems = []
+    try:
+        with open(path, encoding="utf-8") as f:
+            for i, line in enumerate(f, start=1):
+                entry = json.loads(line)
+                question, answer = entry["question"], str(entry["answer"]).split("####")[-1].strip()
+                if not isinstance(question, str) or not question.strip() or not answer:
+                    raise ValueError
+                problems.append(Problem("file", question.strip(), (), answer))
+    except OSError as e:
+        raise BadInput(f"cannot read --data={path} ({e.strerror})") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BadInput(f"{path}, line {i}: not a JSON object with a question and an answer") from None
+    if len({p.held_out for p in problems}) < 2:
+        raise BadInput(f"{path} holds {len(problems)} problems, too few to train on some and hold others back")
+    return tuple(problems)
+
+
+# ------------------------------------------------------------------------------------------------
+# Prompts
+
+
+@dataclass(frozen=True)
+class Template:
+    system: str     # how a prompt begins
+    user: str       # the question's turn
+    assistant: str  # what the model continues
+    end: str        # what ends a worked example
+
+
+RULES = ("The assistant first reasons between <think> and </think>, and then gives nothing but the final answer between <answer> and </answer>.")
+TEMPLATES = {
+    "toy": Template("", "User: {question}", "\nAssistant: ", ""),
+    "base": Template(f"A user puts problems to an assistant. {RULES}\n\n", "User: {question}\n", "Assistant: ", "\n\n"),
+    "qwen": Template(f"<|im_start|>system\n{RULES}<|im_end|>\n", "<|im_start|>user\n{question}<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>\n"),
+    "llama": Template(f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{RULES}<|eot_id|>",
+                      "<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+}
+EXAMPLES = [  # worked problems for --shots: (problem, thinking, answer); never drawn when they stand in the prompt
+    (countdown_problem((2, 5, 8), 18), "5 + 8 = 13, 13 + 2 = 15, no. 8 * 2 = 16, 16 + 5 = 21, no. 5 * 2 = 10, 10 + 8 = 18, yes.", "5 * 2 + 8"),
+    (countdown_problem((3, 4, 9), 8), "9 + 3 = 12, 12 - 4 = 8, yes.", "9 + 3 - 4"),
+    (countdown_problem((1, 6, 7), 48), "6 * 7 = 42, 42 + 1 = 43, no. 7 + 1 = 8, 8 * 6 = 48, yes.", "(7 + 1) * 6"),
+    (Problem("arithmetic", "what is 3+4", (3, 4), 7), "3 + 4 = 7", "7"),
+    (Problem("arithmetic", "what is 8+5", (8, 5), 13), "8 + 5 = 13", "13"),
+    (Problem("arithmetic", "what is 6+2", (6, 2), 8), "6 + 2 = 8", "8"),
+    (Problem("file", "Tom has 3 boxes of 12 eggs and breaks 5 eggs. How many are left?", (), "31"), "3 * 12 = 36 eggs. 36 - 5 = 31.", "31"),
+    (Problem("file", "A train covers 150 km in 2 hours. How many km does it cover in an hour?", (), "75"), "150 / 2 = 75.", "75"),
+    (Problem("file", "Ann is 4 years older than Bo, who is 9. How old will Ann be in 6 years?", (), "19"), "Ann is 9 + 4 = 13. 13 + 6 = 19.", "19"),
+]
+
+
+def in_words(problem, cfg):
+    """The question as it is put to a real model."""
+    if problem.task == "countdown":
+        *most, last = map(str, problem.numbers)
+        return (f"Use each of the numbers {', '.join(most)} and {last} exactly once, with the operations {' '.join(cfg.ops)} and brackets, "
+                f"to make {problem.target}. The answer is one expression, such as (1 + 2) * 3.")
+    return f"{problem.question[0].upper()}{problem.question[1:]}?" if problem.task == "arithmetic" else problem.question
+
+
+def prompt_ids(problem, tok, cfg):
+    """The ids that a model continues with its completion. Special tokens of the template are meant, those in a question are not."""
+    template, words = TEMPLATES[cfg.template], (lambda p: p.question if cfg.template == "toy" else in_words(p, cfg))
+    text = template.system
+    for example, thinking, answer in [e for e in EXAMPLES if e[0].task == problem.task][:cfg.shots]:
+        text += template.user.replace("{question}", words(example)) + template.assistant
+        text += f"<think>\n{thinking}\n</think>\n<answer>{answer}</answer>" + template.end
+    return tok.encode_marked(text + template.user + template.assistant + ("<think>\n" if cfg.prefill_think else ""), words(problem))
+
+
+def prompt_text(problem, cfg):
+    """The question as it was put, for people to read."""
+    return problem.prompt if cfg.template == "toy" else in_words(problem, cfg) + "\n"
+
+
+def completion_text(ids, tok, cfg):
+    """What the rewards read: the completion, with a <think> that the prompt gave it."""
+    return ("<think>\n" if cfg.prefill_think else "") + tok.decode(ids)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -293,7 +535,7 @@ def goes_on_after_a_miss(text):
 
 def document(cfg, rng):
     """One document of the corpus, as (prompt, text): a table of sums, or somebody's attempt at a problem."""
-    kind = rng.choices([cfg.task, rng.choice([task for task in TASKS if task != cfg.task]), "table"], [0.81, 0.04, 0.15])[0]
+    kind = rng.choices([cfg.task, rng.choice([task for task in TASKS if task != cfg.task and TASKS[task].write]), "table"], [0.81, 0.04, 0.15])[0]
     habits = draw_habits(rng)
     if kind == "table":
         return "", "".join(table_line(cfg, habits, rng) for _ in range(20))
@@ -322,12 +564,13 @@ def table_line(cfg, habits, rng):
 @dataclass(frozen=True)
 class Task:
     draw: callable   # (cfg, rng) -> Problem
-    write: callable  # (problem, cfg, habits, rng) -> (thinking lines, answer), as found in the corpus
+    write: callable = None  # (problem, cfg, habits, rng) -> (thinking lines, answer), as found in the corpus
 
 
 TASKS = {
     "countdown": Task(draw_countdown, write_countdown),
     "arithmetic": Task(draw_arithmetic, write_arithmetic),
+    "file": Task(lambda cfg, rng: rng.choice(file_problems(cfg.data))),
 }
 
 

@@ -160,6 +160,7 @@ class GPT(nn.Module):
         if cfg.tied:
             self.lm_head.weight = self.embed.weight
         cos, sin = rope_table(cfg)
+        self.checkpointing, self.compiled_trunk = False, None  # see train.py's flags
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():
@@ -181,12 +182,17 @@ class GPT(nn.Module):
             cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
         x = self.embed(idx)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, caches[i] if caches else None, mask)
+            if self.checkpointing and caches is None and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, caches[i] if caches else None, mask)
         return self.norm(x)
 
     def head(self, h):
-        """Hidden states (..., C) to logits (..., vocab), fp32 whatever the weights are."""
-        return self.lm_head(h).float()
+        """Hidden states (..., C) to logits (..., vocab), fp32 whatever the weights are. Under autocast, too: rounded to
+        bfloat16, logits near 20 would be off by 0.06."""
+        with torch.autocast(h.device.type, enabled=False):
+            return self.lm_head(h.to(self.embed.weight.dtype)).float()
 
     def forward(self, idx):
         return self.head(self.trunk(idx))
@@ -343,7 +349,7 @@ def token_logps(model, tokens, temperature=1.0, mask=None, chunk_floats=2**24):
     """log p(tokens[:, t+1] | tokens[:, :t+1]) at `temperature`: tokens (N, T) -> (N, T-1), fp32.
     Where `mask` (N, T-1) is False the head is not run and the result is 0. The logits of at most
     `chunk_floats` numbers exist at a time; the backward pass computes them again."""
-    h, target = model.trunk(tokens[:, :-1]), tokens[:, 1:]
+    h, target = (model.compiled_trunk or model.trunk)(tokens[:, :-1]), tokens[:, 1:]
     where = torch.ones_like(target, dtype=torch.bool) if mask is None else mask.bool()
 
     def logp_of(h, target):

@@ -111,7 +111,52 @@ def verify_number(problem, answer):
     return str(int(answer)), int(answer) == problem.target
 
 
-VERIFIERS = {"countdown": verify_countdown, "arithmetic": verify_number}
+UNIT = r"[^\W\d_]*(?: [^\W\d_]+){0,3}(?:/[^\W\d_]+)?"  # apples, km/h, square feet
+WRITTEN = re.compile(rf"([-+]?) ?[$€£¥]? ?([-+]?)((?:[0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]{{1,40}})(?:\.[0-9]{{1,40}})?|\.[0-9]{{1,40}})"
+                     rf"(?: ?/ ?([0-9]{{1,40}})| ([0-9]{{1,9}})/([0-9]{{1,9}}))? ?(%|percent\b)? ?({UNIT})\.?")
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+
+
+def parse_number(text):
+    """A number as people write it -> (exact value, whether it is a percentage), or None. Reads 1,234.50, -3/4, 1 1/2, 50%, $18, 72 km/h,
+    and LaTeX's \\boxed{}, \\frac{}{}, \\text{} and $...$ around it."""
+    if len(text) > MAX_ANSWER:
+        return None
+    boxed = re.search(r"\\boxed ?\{(.*)\}", text, re.S)
+    text = boxed[1] if boxed else text
+    text = re.sub(r"\\[dt]?frac ?\{ ?(-?[0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r" \1/\2", text)
+    text = re.sub(r"\\(?:text|mathrm|mbox) ?\{([^{}]*)\}", r" \1", text).replace("\\$", "$").replace("\\%", "%").replace("{,}", ",")
+    text = re.sub(r"\\[,;! ]|\s+", " ", text.replace("−", "-").replace("\\(", "").replace("\\)", "")).strip()
+    if text.startswith("$") and text.endswith("$"):
+        text = text[1:-1].strip()
+    found = WRITTEN.fullmatch(text)
+    if not found or found[1] and found[2]:
+        return None
+    _, _, number, below, upper, lower = found.groups()[:6]
+    if "0" * len(below or lower or "1") == (below or lower):
+        return None
+    value = Fraction(number.replace(",", ""))
+    value = value / int(below) if below else value + Fraction(int(upper), int(lower)) if lower else value
+    value *= SCALES.get(found[8].lower().split(" ")[0], 1)
+    return (-value if "-" in found[1] + found[2] else value), bool(found[7])
+
+
+def verify_written(problem, answer):
+    """Right if the answer and the target are one number, however written. Percentages: 50% is 1/2, and also 50 where the
+    question asked for a percentage, which shows in a target above 1."""
+    got, want = parse_number(answer), parse_number(problem.target)
+    if want is None:  # no number: the same words
+        norm = " ".join(answer.lower().split())
+        return norm[:MAX_ANSWER] or None, norm == " ".join(problem.target.lower().split())
+    if got is None:
+        return None, False
+    (value, percent), (target, target_percent) = got, want
+    share = lambda x, is_percent: x / 100 if is_percent else x
+    right = share(value, percent) == share(target, target_percent) or value == target and percent != target_percent and abs(target) > 1
+    return str(value) + "%" * percent, right
+
+
+VERIFIERS = {"countdown": verify_countdown, "arithmetic": verify_number, "file": verify_written}
 
 
 def verify(problem, completion):

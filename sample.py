@@ -10,7 +10,8 @@ import sys
 import data
 import rewards
 import torch
-from model import BadInput, load_model
+from model import BadInput
+from train import open_checkpoint
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,17 +22,17 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     parser = Parser(prog="sample.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="out/zero/ckpt.pt", help="checkpoint (default %(default)s)")
-    parser.add_argument("--task", default="countdown", choices=list(data.TASKS), help="kind of held-out problems (default %(default)s)")
+    parser.add_argument("--task", choices=["countdown", "arithmetic"], help="kind of held-out problems (default: what the checkpoint was trained on)")
     parser.add_argument("--numbers", help="your own countdown problem: numbers, as 3,7,2")
     parser.add_argument("--target", type=int, help="... and what to make of them")
     parser.add_argument("--n", type=int, default=4, help="problems, or tries at your own one (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default %(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=340, help="longest completion, in tokens (default %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, help="longest completion, in tokens (default: as in training)")
     parser.add_argument("--seed", type=int, default=1, help="of the samples (default %(default)s)")
     args = parser.parse_args(argv)
     if (args.numbers is None) != (args.target is None):
         parser.error("--numbers and --target go together")
-    if args.n < 1 or args.max_new_tokens < 1 or args.temperature < 0:
+    if args.n < 1 or args.max_new_tokens is not None and args.max_new_tokens < 1 or args.temperature < 0:
         parser.error("--n and --max_new_tokens must be at least 1, --temperature at least 0")
     return args
 
@@ -59,15 +60,17 @@ def show(problem, completion):
 
 def main(argv):
     args = parse(argv)
-    if args.numbers:
-        problems, group_size = [own_problem(args.numbers, args.target)], args.n
+    own = own_problem(args.numbers, args.target) if args.numbers else None
+    _, model, tok, cfg = open_checkpoint({"ckpt": args.ckpt, **({"task": args.task, "data": ""} if args.task else {})})
+    max_new_tokens, cfg = args.max_new_tokens or cfg.grpo.max_new_tokens, cfg.data
+    if own:
+        problems, group_size = [own], args.n
     else:
-        problems, group_size = data.eval_problems(data.DataConfig(task=args.task), args.n), 1
-    model, tok = load_model(args.ckpt), data.load_tokenizer()
-    out = model.generate([tok.encode(p.prompt) for p in problems], group_size, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+        problems, group_size = data.eval_problems(cfg, args.n), 1
+    out = model.generate([data.prompt_ids(p, tok, cfg) for p in problems], group_size, max_new_tokens=max_new_tokens, temperature=args.temperature,
                          stop_ids=tok.stop_ids, generator=torch.Generator().manual_seed(args.seed), pad_id=tok.pad_id)
     for i, ids in enumerate(out.completions()):
-        show(problems[i // group_size], tok.decode(ids))
+        show(problems[i // group_size], data.completion_text(ids, tok, cfg))
 
 
 if __name__ == "__main__":

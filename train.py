@@ -7,7 +7,9 @@
     python train.py base                        # one stage, and whatever it needs and does not find
     python train.py --task=arithmetic --out_dir=out-arithmetic
     python train.py --rl_steps=300              # goes on from where a finished run stopped
+    python train.py --init_from=FOLDER          # GRPO on a real model: a Hugging Face folder in place of the toy base
     python train.py eval --ckpt=out/zero/ckpt.pt
+    python train.py export --ckpt=out/zero/ckpt.pt --export_dir=FOLDER   # a Hugging Face folder again
     python train.py --help                      # every setting, its unit and its default
 
 A run lies in --out_dir: STAGE/ckpt.pt, metrics.jsonl (a line a step), eval.json, samples.jsonl. The same
@@ -32,7 +34,8 @@ import data
 import rewards
 from data import DataConfig
 from grpo import GRPOConfig, group_advantages, grpo_step, resample_equal_groups, rollout
-from model import GPT, BadInput, GPTConfig, load_checkpoint, load_model, opt, save_checkpoint
+from model import (GPT, BadInput, GPTConfig, config_from_hf, load_checkpoint, load_model, opt, read_json, save_checkpoint,
+                   save_pretrained)
 from rewards import RewardConfig
 
 # ------------------------------------------------------------------------------------------------
@@ -45,6 +48,13 @@ class TrainConfig:
     seed: int = opt(1, "every random choice follows from it")
     device: str = opt("auto", "cpu, cuda, or auto: cuda where there is one")
     threads: int = opt(0, "CPU threads; 0 = one a core")
+    init_from: str = opt("", "Hugging Face folder whose model takes the toy base's place")
+    optimizer: str = opt("muon", "muon: for the matrices, AdamW for the rest; adamw: for everything")
+    autocast: str = opt("auto", "training's matrix products in bfloat16: on, off, or auto: on CUDA; weights stay fp32")
+    sample_dtype: str = opt("auto", "weights that sampling runs with: float32, bfloat16, or auto: bfloat16 on CUDA")
+    ref_dtype: str = opt("float32", "weights of the reference: float32 or bfloat16")
+    checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
+    compile: bool = opt(False, "torch.compile the transformer for training")
     base_steps: int = opt(1000, "optimiser steps of next-token training")
     base_lr: float = opt(5e-3, "its peak learning rate")
     base_rows: int = opt(12, "rows of packed documents a step")
@@ -56,7 +66,9 @@ class TrainConfig:
     eval_every: int = opt(20, "GRPO steps between short evaluations; 0 = none")
     eval_samples: int = opt(16, "completions of each held-out problem in an evaluation")
     save_every: int = opt(20, "GRPO steps between checkpoints; next-token training saves every 10 times as many")
-    ckpt: str = opt("", "checkpoint for `eval`")
+    ckpt: str = opt("", "checkpoint for `eval` and `export`; none = out_dir/zero/ckpt.pt")
+    export_dir: str = opt("", "folder that `export` writes")
+    export_dtype: str = opt("float32", "weights that `export` writes: float32, bfloat16 or float16")
 
     def check(self):
         """Raises BadInput, naming the setting, on a value that cannot be run."""
@@ -68,6 +80,10 @@ class TrainConfig:
                 raise BadInput(f"{name}={getattr(self, name)} must lie between 0 and 1")
         if self.threads < 0 or self.eval_every < 0:
             raise BadInput(f"threads={self.threads} and eval_every={self.eval_every} must not be negative")
+        for name, values in (("optimizer", ["muon", "adamw"]), ("autocast", ["auto", "on", "off"]), ("sample_dtype", ["auto", "float32", "bfloat16"]),
+                             ("ref_dtype", ["float32", "bfloat16"]), ("export_dtype", ["float32", "bfloat16", "float16"])):
+            if getattr(self, name) not in values:
+                raise BadInput(f"{name}={getattr(self, name)!r} is not one of {', '.join(values)}")
         if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
             raise BadInput(f"device={self.device!r} is not auto, cpu or cuda")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
@@ -109,7 +125,7 @@ def parse(argv):
     parser = Parser(prog="train.py", usage="python train.py [STAGE ...] [--setting=value ...]", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS, description=__doc__,
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=150))
-    parser.add_argument("words", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default zero), or the command eval")
+    parser.add_argument("words", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default zero), or a command: eval, export")
     for group in fields(Config):
         section = parser.add_argument_group(group.name)
         for f in fields(group.default_factory):
@@ -118,8 +134,8 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     words = given.pop("words", None) or ["zero"]
     for word in words:
-        if word not in STAGES and words != ["eval"]:
-            parser.error(f"there is no stage {word!r}: choose from {', '.join(STAGES)}, or eval alone")
+        if word not in STAGES and words not in (["eval"], ["export"]):
+            parser.error(f"there is no stage {word!r}: choose from {', '.join(STAGES)}; or eval or export alone")
     return words, given
 
 
@@ -139,9 +155,16 @@ class Run:
 
     def __init__(self, name, given):
         self.name, self.stage = name, STAGES[name]
-        self.tok = data.load_tokenizer()
-        task = TASK_DEFAULTS.get(given.get("task"), {})
-        self.cfg = Config().with_settings({"vocab_size": self.tok.n_vocab, **task, **self.stage.overrides, **given})
+        folder = given.get("init_from", "")
+        self.tok = data.load_tokenizer(folder)
+        defaults = {**(REAL_DEFAULTS if folder else {"vocab_size": self.tok.n_vocab}), **({"task": "file"} if given.get("data") else {})}
+        self.cfg = Config().with_settings({**defaults, **TASK_DEFAULTS.get(given.get("task"), {}), **self.stage.overrides, **given})
+        if folder:
+            shape = [n for n in names(GPTConfig, "context") if n in given]
+            if shape:
+                raise BadInput(f"{', '.join(shape)} cannot be set: the model's shape comes from {folder}")
+            model = config_from_hf(read_json(os.path.join(folder, "config.json")))
+            self.cfg.model = replace(model, context=min(model.context, self.cfg.model.context))
         for group in fields(self.cfg):
             getattr(self.cfg, group.name).check()
         self.check_lengths()
@@ -166,8 +189,8 @@ class Run:
         cfg, context = self.cfg, self.cfg.model.context
         if cfg.model.vocab_size < self.tok.n_vocab:
             raise BadInput(f"vocab_size={cfg.model.vocab_size} is less than the tokenizer's {self.tok.n_vocab}: leave it out")
-        prompt = max(len(self.tok.encode(p.prompt)) for p in data.eval_problems(cfg.data, 50))
-        if cfg.train.base_length > context:
+        self.prompt_len = prompt = max(len(data.prompt_ids(p, self.tok, cfg.data)) for p in data.eval_problems(cfg.data, 50))
+        if cfg.train.base_length > context and not cfg.train.init_from:
             raise BadInput(f"base_length={cfg.train.base_length} does not fit the context of {context}: lower it or raise --context")
         if prompt + cfg.grpo.max_new_tokens > context:
             raise BadInput(f"a prompt of {prompt} tokens + max_new_tokens={cfg.grpo.max_new_tokens} do not fit the context of {context}: "
@@ -175,6 +198,32 @@ class Run:
 
     def path(self, file):
         return os.path.join(self.dir, file)
+
+    def parent_model(self):
+        """The model that this stage starts from."""
+        cfg = self.cfg
+        if self.stage.parent == "base" and cfg.train.init_from:
+            return GPT.from_pretrained(cfg.train.init_from, cfg.model.context, device=self.device)
+        return load_model(os.path.join(cfg.train.out_dir, self.stage.parent, "ckpt.pt"), self.device)
+
+    def sampler_for(self, model):
+        """What samples in the model's place: itself, or a copy in bfloat16 (see `refresh`)."""
+        half = self.cfg.train.sample_dtype == "bfloat16" or self.cfg.train.sample_dtype == "auto" and self.device.type == "cuda"
+        return copy.deepcopy(model).requires_grad_(False).bfloat16() if half else model
+
+    def autocast(self):
+        on = self.cfg.train.autocast == "on" or self.cfg.train.autocast == "auto" and self.device.type == "cuda"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+
+    def say_memory(self):
+        """One line before anything is loaded: what RL with these settings will take, and what there is."""
+        parts = memory_plan(self.cfg, self.prompt_len, self.device)
+        need = sum(parts.values()) / 2**30
+        have = (torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda"
+                else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2**30
+        print("memory, GiB: " + " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items()) + f" = about {need:.1f} of {have:.1f}")
+        if need > have:
+            print("that is more than there is: lower --micro_tokens or --prompts_per_step, or set --checkpointing=true, --ref_dtype=bfloat16 or --kl_coef=0")
 
     def refuse_contradictions(self):
         """Going on with other settings would make one run out of two, so BadInput names them."""
@@ -218,12 +267,48 @@ class Run:
 # The mechanics: next-token training, and RL
 
 
-def make_optimizers(model, lr):
-    """Muon for the matrices of the blocks, AdamW for embedding and norms."""
+def make_optimizers(model, lr, kind):
+    """Muon for the matrices of the blocks and AdamW for embedding and norms, or AdamW for everything."""
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     others = [p for name, p in model.named_parameters() if p.dim() != 2 or not name.startswith("blocks.")]
+    if kind == "adamw":
+        return [torch.optim.AdamW(matrices + others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
     return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def memory_plan(cfg, prompt_len, device):
+    """{what: bytes} of a GRPO step: exact for weights, optimiser and cache, a rule of thumb for activations."""
+    m, g, t = cfg.model, cfg.grpo, cfg.train
+    with torch.device("meta"):
+        n_params = sum(p.numel() for p in GPT(m).parameters())
+    cuda = device.type == "cuda"
+    half_sampling = t.sample_dtype == "bfloat16" or t.sample_dtype == "auto" and cuda
+    half_training = t.autocast == "on" or t.autocast == "auto" and cuda
+    rows = max(g.prompts_per_step * g.group_size, 32 * t.eval_samples)
+    cache = rows * (prompt_len + g.max_new_tokens) * m.n_layer * m.n_kv_head * m.d_head * 2
+    block = 8 * m.n_embd + 4 * m.d_head * (m.n_head + m.n_kv_head) + 5 * m.mlp_dim  # numbers kept a token for the backward pass
+    tokens = max(g.micro_tokens, prompt_len + g.max_new_tokens)
+    activations = tokens * (m.n_layer * m.n_embd + block if t.checkpointing else m.n_layer * block)
+    return {"weights": 4 * n_params, "gradients": 4 * n_params, "optimiser": (8 if t.optimizer == "adamw" else 4) * n_params,
+            "reference": (2 if t.ref_dtype == "bfloat16" else 4) * n_params if g.kl_coef else 0,
+            "sampling": 2 * n_params * half_sampling + (2 if half_sampling else 4) * cache,
+            "activations": (2 if half_training else 4) * activations + 3 * 4 * 2**24}
+
+
+@torch.no_grad()
+def refresh(sampler, model):
+    """Brings a sampling copy up to date."""
+    if sampler is not model:
+        for a, b in zip(sampler.parameters(), model.parameters(), strict=True):
+            a.copy_(b)
+
+
+def set_up(model, cfg):
+    """Applies --checkpointing and --compile to a model's training passes."""
+    model.checkpointing = cfg.train.checkpointing
+    if cfg.train.compile:
+        model.compiled_trunk = torch.compile(model.trunk, dynamic=True)
 
 
 def set_lr(optimizers, lr):
@@ -234,14 +319,17 @@ def set_lr(optimizers, lr):
 
 def sft_loop(run, model, batch_fn, steps, lr):
     """Next-token training on `batch_fn(step)` -> ids (N, T) and the mask (N, T) of tokens to learn."""
-    optimizers = make_optimizers(model, lr)
+    optimizers = make_optimizers(model, lr, run.cfg.train.optimizer)
+    set_up(model, run.cfg)
     start, window = run.resume(model, optimizers), []
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=run.name, disable=None):
         t0 = time.time()
         set_lr(optimizers, lr * min((step + 1) / 50, (steps - step) / (0.6 * steps), 1.0))  # warm up, hold, decay to 0
         tokens, mask = (x.to(run.device) for x in batch_fn(step))
         mask = mask[:, 1:]
-        loss = F.cross_entropy(model.head(model.trunk(tokens[:, :-1])[mask]), tokens[:, 1:][mask])
+        with run.autocast():
+            hidden = (model.compiled_trunk or model.trunk)(tokens[:, :-1])
+            loss = F.cross_entropy(model.head(hidden[mask]), tokens[:, 1:][mask])
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -264,8 +352,12 @@ def sft_loop(run, model, batch_fn, steps, lr):
 def rl_loop(run, model, ref, draw, reward_fn, check):
     """GRPO on problems from `draw(rng)`; `check(model)` is called for a short evaluation now and then."""
     cfg, tok, steps = run.cfg, run.tok, run.cfg.train.rl_steps
-    optimizers = make_optimizers(model, cfg.train.rl_lr)
+    optimizers = make_optimizers(model, cfg.train.rl_lr, cfg.train.optimizer)
     start = run.resume(model, optimizers, ref)
+    sampler = run.sampler_for(model)
+    for m in (model, ref):
+        if m is not None:
+            set_up(m, cfg)
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=run.name, disable=None):
         t0 = time.time()
         set_lr(optimizers, cfg.train.rl_lr * min((step + 1) / cfg.train.rl_warmup, 1.0, (cfg.train.rl_hold / (step + 1)) ** 0.5))
@@ -273,13 +365,15 @@ def rl_loop(run, model, ref, draw, reward_fn, check):
 
         def sample(n):
             problems = [draw(python) for _ in range(n)]
-            prompts = [tok.encode(p.prompt) for p in problems]
-            return rollout(model, problems, prompts, reward_fn, cfg.grpo, generator, tok.stop_ids, tok.pad_id)
+            prompts = [data.prompt_ids(p, tok, cfg.data) for p in problems]
+            return rollout(sampler, problems, prompts, reward_fn, cfg.grpo, generator, tok.stop_ids, tok.pad_id)
 
+        refresh(sampler, model)
         first = sample(cfg.grpo.prompts_per_step)  # what the log speaks of, whatever is resampled
         batch = resample_equal_groups(first, sample, cfg.grpo.resample_equal)
         t1 = time.time()
-        metrics = grpo_step(model, ref, optimizers, batch, cfg.grpo, generator)
+        with run.autocast():
+            metrics = grpo_step(model, ref, optimizers, batch, cfg.grpo, generator)
         if ref is not None and cfg.grpo.ref_every and (step + 1) % cfg.grpo.ref_every == 0:
             ref.load_state_dict(model.state_dict())
 
@@ -303,7 +397,8 @@ def rl_loop(run, model, ref, draw, reward_fn, check):
         if (step + 1) % cfg.train.save_every == 0 or step + 1 == steps:
             run.save(step + 1, model, optimizers, ref if cfg.grpo.ref_every else None)
         if cfg.train.eval_every and (step + 1) % cfg.train.eval_every == 0 and step + 1 < steps:
-            check(model)
+            refresh(sampler, model)
+            check(sampler)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -322,19 +417,19 @@ def majority(verdicts):
     return bool(votes) and dict(verdicts)[max(votes, key=votes.get)]
 
 
-def evaluate(model, tok, problems, k, max_new_tokens, temperature=1.0):
+def evaluate(model, tok, problems, k, max_new_tokens, temperature=1.0, cfg=DataConfig()):
     """k completions of each problem -> (metrics, samples), samples being one dict a completion.
     pass@1's interval is the normal 95 % one over problems, whose k samples are not independent."""
     _, generator = rng("evaluate")
     samples = []
     for i in tqdm(range(0, len(problems), 32), desc="evaluate", leave=False, disable=None):
         chunk = problems[i:i + 32]
-        out = model.generate([tok.encode(p.prompt) for p in chunk], k, max_new_tokens=max_new_tokens,
+        out = model.generate([data.prompt_ids(p, tok, cfg) for p in chunk], k, max_new_tokens=max_new_tokens,
                              temperature=temperature, stop_ids=tok.stop_ids, generator=generator, pad_id=tok.pad_id)
         for j, ids in enumerate(out.completions()):
-            problem, text = chunk[j // k], tok.decode(ids)
+            problem, text = chunk[j // k], data.completion_text(ids, tok, cfg)
             form, right = rewards.verify(problem, text)
-            samples.append({"prompt": problem.prompt, "completion": text, "answer": form, "right": right,
+            samples.append({"prompt": data.prompt_text(problem, cfg), "completion": text, "answer": form, "right": right,
                             "format": rewards.has_format(text), "length": len(ids), "truncated": bool(out.truncated[j]),
                             "rechecks": data.goes_on_after_a_miss(text)})
     groups = [samples[i:i + k] for i in range(0, len(samples), k)]
@@ -353,8 +448,8 @@ def evaluate(model, tok, problems, k, max_new_tokens, temperature=1.0):
 def final_evaluation(model, tok, cfg, folder):
     """Sampled and greedy results on the held-out problems of cfg.data.task, into FOLDER/eval.json."""
     problems = data.eval_problems(cfg.data, cfg.data.eval_problems)
-    metrics, samples = evaluate(model, tok, problems, cfg.train.eval_samples, cfg.grpo.max_new_tokens, cfg.grpo.temperature)
-    metrics["pass@1_greedy"] = evaluate(model, tok, problems, 1, cfg.grpo.max_new_tokens, temperature=0.0)[0]["pass@1"]
+    metrics, samples = evaluate(model, tok, problems, cfg.train.eval_samples, cfg.grpo.max_new_tokens, cfg.grpo.temperature, cfg.data)
+    metrics["pass@1_greedy"] = evaluate(model, tok, problems, 1, cfg.grpo.max_new_tokens, 0.0, cfg.data)[0]["pass@1"]
     results = read_results(folder)
     results[cfg.data.task] = metrics
     with open(os.path.join(folder, "eval.json"), "w") as f:
@@ -431,18 +526,19 @@ def train_base(run):
 def train_zero(run):
     """R1-Zero: GRPO straight on the base model, with nothing but rule-based rewards."""
     cfg, tok = run.cfg, run.tok
-    model = load_model(os.path.join(cfg.train.out_dir, "base", "ckpt.pt"), run.device)
-    ref = copy.deepcopy(model).requires_grad_(False) if cfg.grpo.kl_coef else None
+    run.say_memory()
+    model = run.parent_model()
+    ref = copy.deepcopy(model).requires_grad_(False).to(getattr(torch, cfg.train.ref_dtype)) if cfg.grpo.kl_coef else None
     held_out = data.eval_problems(cfg.data, 100)
 
     def draw(python):
         return data.draw_problem(cfg.data, python)
 
     def reward_fn(problems, completions):
-        return rewards.score(problems, [tok.decode(ids) for ids in completions], cfg.rewards)
+        return rewards.score(problems, [data.completion_text(ids, tok, cfg.data) for ids in completions], cfg.rewards)
 
     def check(model):
-        metrics, samples = evaluate(model, tok, held_out, 4, cfg.grpo.max_new_tokens, cfg.grpo.temperature)
+        metrics, samples = evaluate(model, tok, held_out, 4, cfg.grpo.max_new_tokens, cfg.grpo.temperature, cfg.data)
         tqdm.write(f"held out: pass@1 {metrics['pass@1']:.1%}  format {metrics['format']:.1%}  length {metrics['length']:.1f}   for example:\n")
         tqdm.write("    " + (samples[0]["prompt"] + samples[0]["completion"]).replace("\n", "\n    ") + "\n")
 
@@ -462,13 +558,17 @@ def names(cls, *left_out):
     return [f.name for f in fields(cls) if f.name not in left_out]
 
 
+REAL_DEFAULTS = {  # with --init_from: the paper's kind of settings, and sizes that one GPU or a patient CPU can carry
+    "template": "base", "context": 2048, "max_new_tokens": 512, "rl_lr": 1e-6, "optimizer": "adamw", "rl_steps": 200, "rl_hold": 10**6,
+    "eval_problems": 100, "eval_samples": 4,
+}
 TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
     "arithmetic": {"base_steps": 1200, "base_length": 176, "rl_steps": 120},
 }
 WORLD = names(DataConfig, "eval_problems") + ["seed"]
 STAGES = {
-    "base": Stage(train_base, None, {}, names(GPTConfig) + WORLD + ["base_steps", "base_lr", "base_rows", "base_length"]),
-    "zero": Stage(train_zero, "base", {}, WORLD + ["rl_lr", "rl_warmup", "rl_hold"] + names(RewardConfig) + names(GRPOConfig, "micro_tokens")),
+    "base": Stage(train_base, None, {}, names(GPTConfig) + WORLD + ["init_from", "optimizer"] + ["base_steps", "base_lr", "base_rows", "base_length"]),
+    "zero": Stage(train_zero, "base", {}, WORLD + ["init_from", "optimizer", "rl_lr", "rl_warmup", "rl_hold"] + names(RewardConfig) + names(GRPOConfig, "micro_tokens")),
 }
 
 
@@ -479,7 +579,12 @@ def run_stage(name, given):
     run = Run(name, given)
     steps = run.cfg.train.base_steps if name == "base" else run.cfg.train.rl_steps
     task = run.cfg.data.task
-    if run.steps_done() >= steps:
+    if name == "base" and run.cfg.train.init_from:  # somebody else has trained it
+        print(f"base: {run.cfg.train.init_from}")
+        model = None
+        if task not in read_results(run.dir):
+            model = GPT.from_pretrained(run.cfg.train.init_from, run.cfg.model.context, device=run.device)
+    elif run.steps_done() >= steps:
         print(f"{name}: done ({run.path('ckpt.pt')}, {run.steps_done()} steps)")
         model = None
     else:
@@ -497,19 +602,39 @@ def run_stage(name, given):
 
 def run_eval(given):
     """`eval`: the final evaluation of any checkpoint, into the folder it lies in."""
-    cfg = Config().with_settings(given)
-    cfg.data.check()
-    cfg.train.check()
-    path = cfg.train.ckpt or os.path.join(cfg.train.out_dir, "zero", "ckpt.pt")
-    model = load_model(path, "cpu")
-    print_table({path: final_evaluation(model, data.load_tokenizer(), cfg, os.path.dirname(path))})
+    path, model, tok, cfg = open_checkpoint(given)
+    print_table({path: final_evaluation(model, tok, cfg, os.path.dirname(path))})
+
+
+def run_export(given):
+    """`export`: a checkpoint as a Hugging Face folder, which transformers, vLLM and TRL open."""
+    path, model, tok, cfg = open_checkpoint(given)
+    if not cfg.train.export_dir:
+        raise BadInput("export needs --export_dir=FOLDER to write to")
+    try:
+        save_pretrained(model, cfg.train.export_dir, cfg.train.init_from, getattr(torch, cfg.train.export_dtype))
+        if not cfg.train.init_from:
+            tok.save(cfg.train.export_dir)
+    except OSError as e:
+        raise BadInput(f"cannot write to {cfg.train.export_dir} ({e.strerror}): choose another --export_dir") from None
+    print(f"{path}: written to {cfg.train.export_dir} as {cfg.train.export_dtype}")
+
+
+def open_checkpoint(given):
+    """(path, model, tokenizer, config) of --ckpt, with the settings that it was trained with unless others are given."""
+    path = given.get("ckpt") or os.path.join(given.get("out_dir", TrainConfig.out_dir), "zero", "ckpt.pt")
+    state = load_checkpoint(path)
+    cfg = Config().with_settings({**state["settings"], **given})
+    for group in ("data", "rewards", "grpo", "train"):
+        getattr(cfg, group).check()
+    return path, load_model(path, "cpu"), data.load_tokenizer(cfg.train.init_from), cfg
 
 
 def main(argv):
     words, given = parse(argv)
     try:
-        if words == ["eval"]:
-            return run_eval(given)
+        if words in (["eval"], ["export"]):
+            return {"eval": run_eval, "export": run_export}[words[0]](given)
         for word in words:
             run_stage(word, given)
     except BadInput as e:
