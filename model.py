@@ -216,12 +216,18 @@ class KVCache:
 
     def __init__(self, k, v, columns):
         N, K, T, D = k.shape
-        self.k, self.v = k.new_empty(N, K, columns, D), v.new_empty(N, K, columns, D)
-        self.used = 0
+        self.k, self.v = k.new_zeros(N, K, columns, D), v.new_zeros(N, K, columns, D)
+        self.used, self.static = 0, None
         self.append(k, v)
 
     def append(self, k, v):
-        """Writes T more columns, returns views of all columns so far."""
+        """Writes T more columns, returns views of all columns so far. With `static` = (column (1,), end) it writes one column,
+        named by a tensor, and returns views of the first `end`: the same work every time, as a CUDA graph needs it."""
+        if self.static:
+            column, end = self.static
+            self.k.index_copy_(2, column, k)
+            self.v.index_copy_(2, column, v)
+            return self.k[:, :, :end], self.v[:, :, :end]
         end = self.used + k.shape[2]
         self.k[:, :, self.used:end], self.v[:, :, self.used:end] = k, v
         self.used = end
@@ -242,6 +248,53 @@ class PrefillCache:
 
     def share(self, group_size, columns):
         return KVCache(self.k.repeat_interleave(group_size, 0), self.v.repeat_interleave(group_size, 0), columns)
+
+
+class StaticDecoder:
+    """Decoding steps as CUDA graphs: captured once, replayed for every token, so that the GPU need not wait for Python to launch some
+    ten kernels a layer. A graph is bound to its shapes: attention reads a multiple of 128 columns, the unwritten ones hidden, and
+    a graph is captured anew when these are used up or rows were dropped. On a CPU the same work runs without a graph."""
+
+    def __init__(self, model, caches):
+        self.model, self.caches, self.shape = model, caches, None
+
+    def __call__(self, token, position, visible, column):
+        """token (n,), position (n, 1), visible (n, 1, 1, columns) or None, the column to write -> logits (n, V)."""
+        end = min(-(-(column + 1) // 128) * 128, self.caches[0].k.shape[2])
+        if self.shape != (len(token), end):
+            self.shape = len(token), end
+            self.token, self.position = token[:, None].clone(), position.clone()
+            self.column = torch.full((1,), column, device=token.device)
+            self.columns = torch.arange(end, device=token.device)
+            self.visible = visible[..., :end].contiguous() if visible is not None else None
+            self.capture()
+        self.token.copy_(token[:, None])
+        self.position.copy_(position)
+        self.column.fill_(column)
+        for cache in self.caches:
+            cache.used = column + 1
+        self.replay()
+        return self.logits
+
+    def capture(self):
+        self.replay = self.run
+        if self.token.is_cuda:
+            stream = torch.cuda.Stream()  # a first run outside the graph, for what libraries set up on first use
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.run()
+            self.replay = graph.replay
+
+    def run(self):
+        shown = (self.columns <= self.column)[None, None, None]
+        for cache in self.caches:
+            cache.static = self.column, self.shape[1]
+        h = self.model.trunk(self.token, self.position, self.caches, shown if self.visible is None else shown & self.visible)
+        self.logits = self.model.head(h[:, -1])
 
 
 @dataclass
@@ -273,12 +326,12 @@ def sample_token(logits, temperature, u):
 
 @torch.no_grad()
 def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, stop_ids=(), generator=None,
-             pad_id=0, share_prefix=True, drop_rows=True):
+             pad_id=0, share_prefix=True, drop_rows=True, static=None):
     """Samples `group_size` completions of each prompt (lists of ids, any lengths) -> Generation.
     Raises BadInput on an empty prompt or one that leaves no room for max_new_tokens.
 
     Row i draws the same random numbers whatever the other rows do, so neither `share_prefix` nor
-    `drop_rows` changes a sample: they only save time."""
+    `drop_rows` nor `static` (CUDA graphs; None = on CUDA) changes a sample: they only save time."""
     lens = [len(p) for p in prompts]
     if min(lens, default=0) == 0:
         raise BadInput("generate needs at least one prompt, and at least one token in each")
@@ -310,6 +363,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     new_lens = torch.zeros(N, device=device, dtype=torch.long)
     stopped = torch.zeros(N, device=device, dtype=torch.bool)
     rows = torch.arange(N, device=device)  # the rows still being decoded
+    decoder = StaticDecoder(model, caches) if static or static is None and device.type == "cuda" else None
     for t in range(max_new_tokens):
         token, logp = sample_token(logits, temperature, u[t, rows])
         new[rows, t], new_logp[rows, t] = token, logp  # what a row says after its end is cut off below, by its length
@@ -321,14 +375,18 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
             alive = (~stopped[rows]).nonzero()[:, 0]
             if len(alive) == 0:
                 break
-            if drop_rows and len(alive) < 0.9 * len(rows):  # copying what is left costs about one step
+            # Copying what is left costs about one step; a graph costs several to capture.
+            if drop_rows and len(alive) < (0.5 if decoder else 0.9) * len(rows):
                 rows, token = rows[alive], token[alive]
                 visible = visible[alive] if visible is not None else None
                 for c in caches:
                     c.keep(alive)
-        h = model.trunk(token[:, None], (prompt_lens[rows] + t)[:, None], caches,
-                        visible[..., :L + t + 1] if visible is not None else None)
-        logits = model.head(h[:, -1])
+        position = (prompt_lens[rows] + t)[:, None]
+        if decoder:
+            logits = decoder(token, position, visible, L + t)
+        else:
+            h = model.trunk(token[:, None], position, caches, visible[..., :L + t + 1] if visible is not None else None)
+            logits = model.head(h[:, -1])
 
     # Lay each completion right behind its prompt.
     T = int((prompt_lens + new_lens).max())

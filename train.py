@@ -287,7 +287,7 @@ def memory_plan(cfg, prompt_len, device):
     half_training = t.autocast == "on" or t.autocast == "auto" and cuda
     rows = max(g.prompts_per_step * g.group_size, 32 * t.eval_samples)
     cache = rows * (prompt_len + g.max_new_tokens) * m.n_layer * m.n_kv_head * m.d_head * 2
-    block = 8 * m.n_embd + 4 * m.d_head * (m.n_head + m.n_kv_head) + 5 * m.mlp_dim  # numbers kept a token for the backward pass
+    block = 10 * m.n_embd + 5 * m.d_head * (m.n_head + m.n_kv_head) + 6 * m.mlp_dim  # numbers kept a token for the backward pass
     tokens = max(g.micro_tokens, prompt_len + g.max_new_tokens)
     activations = tokens * (m.n_layer * m.n_embd + block if t.checkpointing else m.n_layer * block)
     return {"weights": 4 * n_params, "gradients": 4 * n_params, "optimiser": (8 if t.optimizer == "adamw" else 4) * n_params,
@@ -560,7 +560,7 @@ def names(cls, *left_out):
 
 REAL_DEFAULTS = {  # with --init_from: the paper's kind of settings, and sizes that one GPU or a patient CPU can carry
     "template": "base", "context": 2048, "max_new_tokens": 512, "rl_lr": 1e-6, "optimizer": "adamw", "rl_steps": 200, "rl_hold": 10**6,
-    "eval_problems": 100, "eval_samples": 4,
+    "eval_problems": 100, "eval_samples": 4, "micro_tokens": 2048,
 }
 TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
     "arithmetic": {"base_steps": 1200, "base_length": 176, "rl_steps": 120},

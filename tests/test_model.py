@@ -152,6 +152,34 @@ def test_sharing_prefixes_and_dropping_rows_change_no_sample(tiny):
         assert torch.allclose(a.logp, b.logp, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))])
+def test_decoding_with_fixed_shapes_changes_no_sample(tiny, device):
+    tiny = tiny.to(device)
+    for prompts in (RAGGED, [[5, 6, 7], [8, 9, 10]]):
+        a, b = (tiny.generate(prompts, 4, max_new_tokens=48, stop_ids=(1, 2), generator=seeded(5), static=s) for s in (False, True))
+        assert torch.equal(a.tokens, b.tokens) and torch.allclose(a.logp, b.logp, atol=1e-4)
+        assert torch.allclose(token_logps(tiny, b.tokens)[b.mask[:, 1:]], b.logp[:, 1:][b.mask[:, 1:]], atol=1e-4)
+
+
+def test_a_fixed_shape_lasts_until_its_columns_or_rows_change(tiny, monkeypatch):
+    shapes, capture = [], model_file.StaticDecoder.capture
+    monkeypatch.setattr(model_file.StaticDecoder, "capture", lambda self: shapes.append(self.shape) or capture(self))
+    wide = GPT(GPTConfig(vocab_size=40, n_layer=1, n_embd=16, n_head=2, n_kv_head=1, head_dim=4, mlp_dim=16, context=400))
+    wide.generate([[1] * 100], 4, max_new_tokens=60, generator=seeded(), static=True)
+    assert shapes == [(4, 128), (4, 160)]
+    shapes.clear()
+    tiny.generate(RAGGED, 8, max_new_tokens=48, stop_ids=(1, 2, 3, 4), generator=seeded(), static=True)
+    assert [n for n, _ in shapes] == sorted({n for n, _ in shapes}, reverse=True) and shapes[-1][0] <= 16  # halved at least, each time
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_bfloat16_sampling_on_cuda_stays_near_the_fp32_log_probs(tiny):
+    half = copy.deepcopy(tiny).cuda().bfloat16()
+    out = half.generate(RAGGED, 8, max_new_tokens=40, stop_ids=(1,), generator=seeded())
+    gap = (token_logps(tiny.cuda(), out.tokens) - out.logp[:, 1:])[out.mask[:, 1:]]
+    assert gap.abs().mean() < 0.05
+
+
 def test_finished_rows_leave_the_batch(tiny, monkeypatch):
     sizes, trunk = [], tiny.trunk
     monkeypatch.setattr(tiny, "trunk", lambda idx, *a, **k: sizes.append(len(idx)) or trunk(idx, *a, **k))
@@ -231,6 +259,16 @@ def test_prompts_that_do_not_fit_are_refused_with_the_numbers(tiny):
 # ---------------------------------------------------------------------------------------- log-probs
 
 
+def test_checkpointing_changes_no_gradient(tiny):
+    tokens = torch.randint(0, 40, (3, 15), generator=seeded())
+    grads = []
+    for tiny.checkpointing in (False, True):
+        tiny.zero_grad()
+        token_logps(tiny, tokens).sum().backward()
+        grads.append([p.grad.clone() for p in tiny.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
+
+
 def test_chunked_log_probs_and_gradients_equal_the_plain_ones(tiny):
     tokens = torch.randint(0, 40, (3, 15), generator=seeded())
     mask = torch.rand(3, 14, generator=seeded()) < 0.6
@@ -267,6 +305,9 @@ def test_logits_and_log_probs_are_fp32_whatever_the_weights_are(tiny):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logps = token_logps(tiny, torch.tensor([[1, 2, 3]]))
         assert logps.dtype == tiny(torch.tensor([[1, 2]])).dtype == torch.float32
+        h = torch.randn(5, 16, generator=seeded())
+        logits = tiny.head(h)
+    assert torch.allclose(logits, h @ tiny.embed.weight.T, atol=1e-5)  # not rounded to bfloat16 on the way
     assert all(p.dtype == torch.float32 for p in tiny.parameters())
 
 
