@@ -216,7 +216,7 @@ class KVCache:
 
     def __init__(self, k, v, columns):
         N, K, T, D = k.shape
-        self.k, self.v = k.new_zeros(N, K, columns, D), v.new_zeros(N, K, columns, D)
+        self.k, self.v = k.new_empty(N, K, columns, D), v.new_empty(N, K, columns, D)
         self.used, self.static = 0, None
         self.append(k, v)
 
@@ -234,9 +234,10 @@ class KVCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
     def keep(self, rows):
-        """Drops every row that is not in `rows` (a long tensor), copying only the columns in use."""
-        columns, k, v = self.k.shape[2], self.k[:, :, :self.used], self.v[:, :, :self.used]
-        self.__init__(k[rows], v[rows], columns)
+        """Drops every row that is not in `rows` (a long tensor): the others move up, in place, in the columns in use."""
+        n, used = len(rows), self.used
+        self.k[:n, :, :used], self.v[:n, :, :used] = self.k[rows, :, :used], self.v[rows, :, :used]
+        self.k, self.v = self.k[:n], self.v[:n]
 
 
 class PrefillCache:
@@ -257,6 +258,8 @@ class StaticDecoder:
 
     def __init__(self, model, caches):
         self.model, self.caches, self.shape = model, caches, None
+        for cache in caches:  # what is hidden is multiplied with 0, and must not be a NaN left in memory
+            cache.k[:, :, cache.used:], cache.v[:, :, cache.used:] = 0, 0
 
     def __call__(self, token, position, visible, column):
         """token (n,), position (n, 1), visible (n, 1, 1, columns) or None, the column to write -> logits (n, V)."""

@@ -8,9 +8,10 @@ import pytest
 
 from data import Problem, countdown_problem
 from model import BadInput
-from rewards import RewardConfig, accuracy, format_reward, parse_expression, score, split_completion, verify
+from rewards import RewardConfig, accuracy, format_reward, parse_expression, parse_number, score, split_completion, verify
 
 PROBLEM = countdown_problem((3, 7, 2), 20)
+WRITTEN = Problem("file", "How much is it?", (), "72")
 ARITHMETIC = Problem("arithmetic", "what is 3+7*2", (3, 7, 2), 17)
 
 
@@ -66,7 +67,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_any_text_gets_a_score_within_ten_milliseconds(text):
-    for problem in (PROBLEM, ARITHMETIC):
+    for problem in (PROBLEM, ARITHMETIC, WRITTEN):
         best = []
         for _ in range(3):  # the machine may be busy elsewhere: the fastest of three is what the code takes
             start = time.perf_counter()
@@ -168,3 +169,23 @@ def test_the_total_is_the_weighted_sum_and_every_part_is_shown():
 def test_problems_and_completions_must_match_in_number():
     with pytest.raises(ValueError):
         accuracy([PROBLEM], ["a", "b"])
+
+
+@pytest.mark.parametrize("text, value", [
+    ("72", 72), (" 72. ", 72), ("1,234.50", Fraction(2469, 2)), ("-3/4", Fraction(-3, 4)), ("1 1/2", Fraction(3, 2)), (".5", Fraction(1, 2)), ("$18", 18), ("$18.00", 18),
+    ("18 dollars", 18), ("-$5", -5), ("72 km/h", 72), ("12 square feet", 12), ("5 million", 5 * 10**6), (r"\boxed{72}", 72), (r"\boxed{\frac{1}{2}}", Fraction(1, 2)),
+    (r"$\frac{3}{4}$", Fraction(3, 4)), (r"72 \text{ apples}", 72), (r"\$1{,}000", 1000), ("− 3", -3), ("0.1", Fraction(1, 10)), ("50%", 50), ("12.5 percent", Fraction(25, 2))])
+def test_numbers_are_read_as_people_write_them(text, value):
+    assert parse_number(text)[0] == value
+
+
+@pytest.mark.parametrize("text", ["", "-", "x", "1e5", "3,5", "1,2345", "12 34", "5 or 6", "5 / 0", "1/00", "1 0/0", "+-3", "--5", "1/2/3", "x=5", "٣", "７", "9" * 41, "1" * 5000, "nan", "inf", "0x10", "1_000"])
+def test_what_is_no_single_number_is_none(text):
+    assert parse_number(text) is None
+
+
+@pytest.mark.parametrize("target, text, right", [
+    ("72", "72", 1), ("72", "72.0", 1), ("72", "144/2", 1), ("72", "73", 0), ("72", "72 or 73", 0), ("1/3", "0.3333333333333333", 0), ("1/3", "2/6", 1), ("50", "50%", 1),
+    ("0.5", "50%", 1), ("50%", "0.5", 1), ("50%", "50", 1), ("0.5", "0.5%", 0), ("50%", "50 percent", 1), ("1,000", "1000", 1), ("Paris", " paris ", 1), ("Paris", "London", 0), ("$18", "18.00", 1)])
+def test_written_answers_are_compared_exactly(target, text, right):
+    assert answer(text, Problem("file", "q", (), target)) == right

@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 
 import data
 import train
-from model import load_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, load_model, save_pretrained
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--mlp_dim=16", "--head_dim=8", "--context=128", "--base_rows=2", "--base_length=100", "--base_steps=12",
@@ -152,6 +153,78 @@ def test_a_prompt_longer_than_the_context_is_refused_in_one_line(finished):
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "context" in done.stderr
 
 
+# ---------------------------------------------------------------------------------------- real models
+
+REAL = [f for f in TINY if not f.startswith(("--n_layer", "--n_embd", "--n_head", "--mlp_dim", "--head_dim", "--context"))] + ["--context=400", "--rl_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Hugging Face folder as anybody's: a random Qwen3 that speaks the toy vocabulary."""
+    where = str(tmp_path_factory.mktemp("model"))
+    torch.manual_seed(0)
+    tok = data.load_tokenizer()
+    save_pretrained(GPT(GPTConfig(vocab_size=tok.n_vocab + 7, n_layer=1, n_embd=16, n_head=2, n_kv_head=1, head_dim=8, mlp_dim=16, context=1000, qk_norm=True)), where)
+    tok.save(where)
+    return where
+
+
+@pytest.mark.parametrize("flags", [["--template=base"], ["--template=base", "--shots=1", "--max_new_tokens=8", "--prefill_think=true", "--context=700"],
+                                   ["--optimizer=muon", "--checkpointing=true", "--ref_dtype=bfloat16", "--sample_dtype=bfloat16", "--autocast=on"], ["--kl_coef=0"]])
+def test_a_real_model_is_trained_in_place_of_the_toy_base_and_exported_again(folder, tmp_path, flags, capsys):
+    run(tmp_path, "zero", tiny=[*REAL, f"--init_from={folder}", *flags])
+    assert "memory, GiB: weights" in capsys.readouterr().out
+    first, last = lines(tmp_path / "zero")
+    assert first["ratio"] == pytest.approx(1, abs=0.05 if "--sample_dtype=bfloat16" in flags else 1e-4) and first["kl"] < 1e-3
+    assert json.loads((tmp_path / "base" / "eval.json").read_text())["countdown"]["problems"] == 3  # the folder itself, as a base to compare with
+    assert not (tmp_path / "base" / "ckpt.pt").exists()
+    train.main(["export", f"--ckpt={tmp_path / 'zero' / 'ckpt.pt'}", f"--export_dir={tmp_path / 'out'}"])
+    again, trained = GPT.from_pretrained(str(tmp_path / "out")), load_model(str(tmp_path / "zero" / "ckpt.pt"))
+    assert again.cfg.context == 1000 and all(torch.equal(p, q) for p, q in zip(again.parameters(), trained.parameters(), strict=True))
+    assert data.load_tokenizer(str(tmp_path / "out")).stop_ids == data.load_tokenizer().stop_ids
+
+
+def test_the_toy_model_can_be_exported_and_trained_on(finished, tmp_path):
+    train.main(["export", f"--ckpt={finished / 'zero' / 'ckpt.pt'}", f"--export_dir={tmp_path / 'hf'}", "--export_dtype=bfloat16"])
+    run(tmp_path, "zero", tiny=[*REAL, f"--init_from={tmp_path / 'hf'}", "--template=toy", "--context=128"])
+    assert len(lines(tmp_path / "zero")) == 2
+
+
+def test_problems_can_come_from_a_file(folder, tmp_path):
+    (tmp_path / "math.jsonl").write_text("".join(json.dumps({"question": f"What is {i} + {i}?", "answer": f"It is\n#### {2 * i}"}) + "\n" for i in range(40)))
+    problems = data.file_problems(str(tmp_path / "math.jsonl"))
+    assert problems[3].target == "6" and 5 < sum(p.held_out for p in problems) < 20
+    run(tmp_path, "zero", tiny=[*REAL, f"--init_from={folder}", f"--data={tmp_path / 'math.jsonl'}", "--shots=2", "--context=900"])
+    assert json.loads((tmp_path / "zero" / "eval.json").read_text())["file"]["problems"] == 3
+    asked = {json.loads(line)["prompt"].strip() for line in (tmp_path / "zero" / "samples.jsonl").read_text().splitlines()}
+    assert asked <= {p.question for p in problems if p.held_out}
+
+
+def test_a_worked_example_is_never_the_problem_itself():
+    cfg, rng = data.DataConfig(task="arithmetic", n_numbers=2, ops="+", template="base", shots=3), random.Random(0)
+    examples = {p.key for p, *_ in data.EXAMPLES}
+    drawn = {data.draw_problem(cfg, rng).key for _ in range(1000)} | {p.key for p in data.eval_problems(cfg, 100)}
+    assert not examples & drawn and len(drawn) > 30
+
+
+def test_prompts_carry_the_template_the_examples_and_the_question():
+    tok, problem = data.load_tokenizer(), data.countdown_problem((3, 7, 2), 20)
+    text = lambda **k: tok.decode(data.prompt_ids(problem, tok, data.DataConfig(**k)))
+    assert text() == problem.prompt
+    for template in ("base", "qwen", "llama"):
+        shown = text(template=template, shots=2, prefill_think=True)
+        assert shown.count("<answer>") == 3 and shown.count("make") == 3 and "make 20" in shown and shown.endswith("<think>\n")
+    assert data.completion_text(tok.encode("so</think><answer>1</answer>"), tok, data.DataConfig(template="base", prefill_think=True)).startswith("<think>")
+
+
+def test_memory_is_planned_from_the_settings():
+    plan = lambda **k: train.memory_plan(train.Config().with_settings({"vocab_size": 500, **k}), 20, torch.device("cpu"))
+    n = sum(p.numel() for p in GPT(GPTConfig(vocab_size=500)).parameters())
+    assert plan()["weights"] == 4 * n and plan(optimizer="adamw")["optimiser"] == 8 * n
+    assert plan(kl_coef=0.0)["reference"] == 0 and plan(ref_dtype="bfloat16")["reference"] == 2 * n
+    assert plan(checkpointing=True)["activations"] < plan()["activations"] > plan(micro_tokens=1024)["activations"]
+
+
 # ---------------------------------------------------------------------------------------- bad input
 
 
@@ -161,6 +234,8 @@ def test_a_prompt_longer_than_the_context_is_refused_in_one_line(finished):
     (["--n_kv_head=3"], ["n_kv_head"]), (["--w_accuracy=0", "--w_format=0"], ["w_accuracy"]), (["--device=abacus"], ["abacus"]),
     (["eval", "--ckpt=/nowhere/ckpt.pt"], ["/nowhere/ckpt.pt"]), (["--out_dir=/dev/null/out"], ["/dev/null/out"]), (["--rl_lr=nan"], ["rl_lr"]),
     (["--threads=-2"], ["threads"]), (["--context=30", "--base_length=20"], ["context"]),
+    (["--init_from=/nowhere"], ["/nowhere"]), (["--template=qwen2"], ["template", "qwen"]), (["--shots=2"], ["shots", "toy"]), (["--data=/nowhere.jsonl"], ["/nowhere.jsonl"]),
+    (["--task=file"], ["--data"]), (["--optimizer=sgd"], ["optimizer", "adamw"]), (["export", "--ckpt=/nowhere/ckpt.pt"], ["/nowhere/ckpt.pt"]), (["eval", "zero"], ["eval"]),
     (["--base_length=5"], ["base_length"]), (["--vocab_size=10"], ["vocab_size"])])
 def test_bad_input_is_one_line_and_exit_code_2(argv, words, tmp_path):
     out = [] if any(a.startswith("--out_dir") for a in argv) else [f"--out_dir={tmp_path}"]
