@@ -37,7 +37,7 @@ class GRPOConfig:
     mask_truncated: bool = opt(False, "completions cut at max_new_tokens count in the baseline but not in the loss")
     resample_equal: int = opt(0, "times to replace groups whose rewards are all equal (DAPO's dynamic sampling)")
     ref_every: int = opt(0, "steps between copies of the policy into the reference; 0 = never")
-    micro_tokens: int = opt(4096, "tokens in a forward/backward pass, padding included; changes memory, not gradients")
+    micro_tokens: int = opt(2048, "tokens in a forward/backward pass, padding included; changes memory, not gradients")
     max_grad_norm: float = opt(1.0, "gradient norm is clipped to this")
 
     def check(self):

@@ -75,20 +75,21 @@ class GPTConfig:
 
 
 def rope_table(cfg, device=None):
-    """cos and sin of every position's rotation angles, each (context, head_dim). arXiv 2104.09864."""
+    """cos and sin of every position's rotation angles, each (context, head_dim), the sines of the first half with a minus.
+    arXiv 2104.09864."""
     freq = cfg.rope_theta ** (-torch.arange(0, cfg.d_head, 2, device=device, dtype=torch.float32) / cfg.d_head)
     if cfg.rope_factor != 1:  # Llama 3.1: 1 = short waves, which keep their pace; 0 = long ones, which are slowed
         short = (cfg.rope_original * freq / (2 * math.pi) - cfg.rope_low) / (cfg.rope_high - cfg.rope_low)
         short = short.clamp(0, 1)
         freq = freq * (short + (1 - short) / cfg.rope_factor)
-    angle = torch.outer(torch.arange(cfg.context, device=device, dtype=torch.float32), freq).repeat(1, 2)
-    return angle.cos(), angle.sin()
+    angle = torch.outer(torch.arange(cfg.context, device=device, dtype=torch.float32), freq)
+    return angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)
 
 
 def apply_rope(x, cos, sin):
-    """Rotates x (B, H, T, D), whose pairs are (i, i + D/2), by cos and sin (B or 1, 1, T, D)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """Rotates x (B, H, T, D), whose pairs are (i, i + D/2), by cos and sin (B or 1, 1, T, D): (a, b) becomes
+    (a cos - b sin, b cos + a sin). The minus is in the table, so that it takes one pass less."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):

@@ -560,7 +560,7 @@ def names(cls, *left_out):
 
 REAL_DEFAULTS = {  # with --init_from: the paper's kind of settings, and sizes that one GPU or a patient CPU can carry
     "template": "base", "context": 2048, "max_new_tokens": 512, "rl_lr": 1e-6, "optimizer": "adamw", "rl_steps": 200, "rl_hold": 10**6,
-    "eval_problems": 100, "eval_samples": 4, "micro_tokens": 2048,
+    "eval_problems": 100, "eval_samples": 4,
 }
 TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
     "arithmetic": {"base_steps": 1200, "base_length": 176, "rl_steps": 120},
