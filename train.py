@@ -583,6 +583,7 @@ def run_stage(name, given):
         print(f"base: {run.cfg.train.init_from}")
         model = None
         if task not in read_results(run.dir):
+            run.say_memory()
             model = GPT.from_pretrained(run.cfg.train.init_from, run.cfg.model.context, device=run.device)
     elif run.steps_done() >= steps:
         print(f"{name}: done ({run.path('ckpt.pt')}, {run.steps_done()} steps)")
