@@ -598,6 +598,22 @@ def corpus_batch(cfg, tokenizer, rng, rows, length):
     return pad([sum(row, []) for row in packed], tokenizer.pad_id, length)
 
 
+def in_english(text):
+    """A trace with its Chinese words put into English: what people did to R1's cold-start traces to make them readable."""
+    for english, chinese in WORDS.values():
+        text = text.replace(chinese, english)
+    return text
+
+
+def sft_batch(rows, tok, cfg, rng, n):
+    """n of the (problem, completion) `rows`, drawn at random -> ids (n, T) and the mask (n, T) of the completions' tokens, end token included:
+    the only ones that supervised fine-tuning learns."""
+    chosen = [rng.choice(rows) for _ in range(n)]
+    prompts = [prompt_ids(problem, tok, cfg) for problem, _ in chosen]
+    tokens, mask = pad([prompt + tok.encode(text) + [tok.end_id] for prompt, (_, text) in zip(prompts, chosen)], tok.pad_id)
+    return tokens, mask & (torch.arange(tokens.shape[1]) >= torch.tensor([len(prompt) for prompt in prompts])[:, None])
+
+
 def pad(rows, pad_id, length=None):
     """Lists of ids -> right-padded ids and the mask of what is not padding, both (rows, length)."""
     length = length or max(map(len, rows))

@@ -6,6 +6,7 @@ gets a score, and quickly. Arithmetic is exact: 8/(3-8/3) makes 24 and nothing e
     python -c "import data, rewards; print(rewards.accuracy([data.countdown_problem((3, 7, 2), 20)], ['<answer>(3+7)*2</answer>']))"
 """
 import re
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -19,6 +20,7 @@ MAX_ANSWER = 120  # characters; keeps an honest answer and bounds what the parse
 class RewardConfig:
     w_accuracy: float = opt(1.0, "weight of a right answer")
     w_format: float = opt(0.5, "weight of <think>...</think><answer>...</answer>")
+    w_language: float = opt(0.0, "weight of the share of the thinking's words that are in the question's language")
 
     def check(self):
         """Raises BadInput if no reward has a weight."""
@@ -187,7 +189,36 @@ def has_format(text):
     return bool(answer.strip()) and not (before + between + after).strip()
 
 
-REWARDS = {"accuracy": accuracy, "format": format_reward}  # a new reward: a line here and a weight w_NAME above
+SCRIPTS = {  # the letters of each script; a run of them is a word, but where words are not spaced two letters count as one
+    "latin": "A-Za-zÀ-ÖØ-öø-ɏ", "han": "㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f", "kana": "぀-ヿ", "hangul": "가-힯", "cyrillic": "Ѐ-ԯ", "greek": "Ͱ-Ͽ",
+    "arabic": "؀-ۿ", "hebrew": "א-ת", "devanagari": "ऀ-ॿ", "thai": "฀-๿"}
+WORD = re.compile("|".join(f"(?P<{name}>[{letters}]+)" for name, letters in SCRIPTS.items()) + r"|(?P<other>[^\W\d_])")
+UNSPACED = ("han", "kana", "thai")
+MAX_READ = 20_000  # characters of a thinking whose language is looked at
+
+
+def count_words(text):
+    """Words by script, a Counter, from the first 20,000 characters; tags are no words."""
+    words = Counter()
+    for word in WORD.finditer(TAG.sub(" ", text[:MAX_READ])):
+        words[word.lastgroup] += -(-len(word[0]) // 2) if word.lastgroup in UNSPACED else 1
+    return words
+
+
+def language_consistency(problems, completions):
+    """The share of the thinking's words that are in the script of the question, by Unicode script; 1 where there are no words at all.
+    A completion without thinking tags is read as a whole. (R1's reward against mixed languages.)"""
+    scores = []
+    for problem, completion in zip(problems, completions, strict=True):
+        asked = count_words(problem.question).most_common(1)
+        thinking = split_completion(completion)[0]
+        words = count_words(completion if thinking is None else thinking)
+        total = sum(words.values())
+        scores.append(words[asked[0][0]] / total if asked and total else 1.0)
+    return scores
+
+
+REWARDS = {"accuracy": accuracy, "format": format_reward, "language": language_consistency}  # a new reward: a line here and a weight w_NAME above
 
 
 def score(problems, completions, cfg):

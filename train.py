@@ -35,7 +35,7 @@ import rewards
 from data import DataConfig
 from grpo import GRPOConfig, group_advantages, grpo_step, resample_equal_groups, rollout
 from model import (GPT, BadInput, GPTConfig, config_from_hf, load_checkpoint, load_model, opt, read_json, save_checkpoint,
-                   save_pretrained)
+                   save_pretrained, whole_file)
 from rewards import RewardConfig
 
 # ------------------------------------------------------------------------------------------------
@@ -66,16 +66,22 @@ class TrainConfig:
     eval_every: int = opt(20, "GRPO steps between short evaluations; 0 = none")
     eval_samples: int = opt(16, "completions of each held-out problem in an evaluation")
     save_every: int = opt(20, "GRPO steps between checkpoints; next-token training saves every 10 times as many")
+    harvest_problems: int = opt(400, "problems that a stage which learns from another's samples puts to it")
+    harvest_samples: int = opt(4, "samples of each")
+    sft_steps: int = opt(150, "optimiser steps of supervised fine-tuning")
+    sft_lr: float = opt(1e-3, "its peak learning rate")
+    sft_rows: int = opt(24, "traces a step")
     ckpt: str = opt("", "checkpoint for `eval` and `export`; none = out_dir/zero/ckpt.pt")
     export_dir: str = opt("", "folder that `export` writes")
     export_dtype: str = opt("float32", "weights that `export` writes: float32, bfloat16 or float16")
 
     def check(self):
         """Raises BadInput, naming the setting, on a value that cannot be run."""
-        for name in ("base_steps", "base_rows", "base_length", "rl_steps", "rl_warmup", "rl_hold", "eval_samples", "save_every"):
+        for name in ("base_steps", "base_rows", "base_length", "rl_steps", "rl_warmup", "rl_hold", "eval_samples", "save_every",
+                     "harvest_problems", "harvest_samples", "sft_steps", "sft_rows"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("base_lr", "rl_lr"):
+        for name in ("base_lr", "rl_lr", "sft_lr"):
             if not 0 < getattr(self, name) < 1:
                 raise BadInput(f"{name}={getattr(self, name)} must lie between 0 and 1")
         if self.threads < 0 or self.eval_every < 0:
@@ -227,7 +233,7 @@ class Run:
 
     def refuse_contradictions(self):
         """Going on with other settings would make one run out of two, so BadInput names them."""
-        now, then = self.cfg.settings(), self.saved["settings"]
+        now, then = self.cfg.settings(), {**Config().settings(), **self.saved["settings"]}  # a setting newer than the checkpoint had its default
         other = [f"{k}={then.get(k)}, not {now[k]}" for k in self.stage.shaped_by if now[k] != then.get(k)]
         if other:
             raise BadInput(f"{self.dir} was trained with {'; '.join(other)}: choose another --out_dir, or delete {self.dir}")
@@ -430,7 +436,7 @@ def evaluate(model, tok, problems, k, max_new_tokens, temperature=1.0, cfg=DataC
             problem, text = chunk[j // k], data.completion_text(ids, tok, cfg)
             form, right = rewards.verify(problem, text)
             samples.append({"prompt": data.prompt_text(problem, cfg), "completion": text, "answer": form, "right": right,
-                            "format": rewards.has_format(text), "length": len(ids), "truncated": bool(out.truncated[j]),
+                            "format": rewards.has_format(text), "consistency": rewards.language_consistency([problem], [text])[0], "length": len(ids), "truncated": bool(out.truncated[j]),
                             "rechecks": data.goes_on_after_a_miss(text)})
     groups = [samples[i:i + k] for i in range(0, len(samples), k)]
     right = torch.tensor([[s["right"] for s in group] for group in groups]).double()  # (problems, k)
@@ -440,7 +446,7 @@ def evaluate(model, tok, problems, k, max_new_tokens, temperature=1.0, cfg=DataC
         "pass@1": mean, "pass@1_ci": [max(0.0, mean - half), min(1.0, mean + half)],
         f"pass@{k}": sum(pass_at_k(k, int(c), k) for c in right.sum(dim=1)) / len(groups),
         f"cons@{k}": sum(majority([(s["answer"], s["right"]) for s in group]) for group in groups) / len(groups),
-        "format": share("format"), "length": share("length"), "truncated": share("truncated"), "rechecks": share("rechecks"),
+        "format": share("format"), "consistency": share("consistency"), "length": share("length"), "truncated": share("truncated"), "rechecks": share("rechecks"),
         "problems": len(problems), "samples": k, "temperature": temperature}
     return metrics, samples
 
@@ -467,6 +473,12 @@ def read_results(folder):
         return json.load(f)
 
 
+def results_so_far(out_dir, task):
+    """{stage: metrics} of every stage in `out_dir` that was evaluated on `task`, in the paper's order."""
+    found = {name: read_results(os.path.join(out_dir, name)).get(task) for name in STAGES}
+    return {name: metrics for name, metrics in found.items() if metrics}
+
+
 def print_table(columns):
     """{column's name: metrics} as a table, a line a metric."""
     k = max(m["samples"] for m in columns.values())
@@ -476,6 +488,7 @@ def print_table(columns):
             (f"pass@{k}", lambda m: f"{m['pass@%d' % m['samples']]:.1%}"),
             (f"cons@{k}, majority vote", lambda m: f"{m['cons@%d' % m['samples']]:.1%}"),
             ("format", lambda m: f"{m['format']:.1%}"),
+            ("thinking in one language", lambda m: f"{m['consistency']:.1%}" if "consistency" in m else "-"),
             ("mean length, tokens", lambda m: f"{m['length']:.1f}"),
             ("goes on after a miss", lambda m: f"{m['rechecks']:.1%}"),
             ("cut at max_new_tokens", lambda m: f"{m['truncated']:.1%}"),
@@ -523,8 +536,8 @@ def train_base(run):
     return model
 
 
-def train_zero(run):
-    """R1-Zero: GRPO straight on the base model, with nothing but rule-based rewards."""
+def train_rl(run):
+    """GRPO on the parent's model. R1-Zero: straight on the base, with nothing but rule-based rewards; later stages have more of them."""
     cfg, tok = run.cfg, run.tok
     run.say_memory()
     model = run.parent_model()
@@ -546,10 +559,57 @@ def train_zero(run):
     return model
 
 
+def train_dev1(run):
+    """The cold start: the base learns from a few hundred of R1-Zero's traces, right ones, put into one language."""
+    rows = harvest(run, keep=lambda problem, text: data.in_english(text) if rewards.accuracy([problem], [text])[0] and rewards.has_format(text) else None)
+    return train_sft(run, rows)
+
+
+def train_sft(run, rows):
+    """Supervised fine-tuning of the parent's model on (problem, completion) rows."""
+    cfg, model = run.cfg, run.parent_model()
+
+    def batch(step):
+        return data.sft_batch(rows, run.tok, cfg.data, rng(cfg.train.seed, run.name, step)[0], cfg.train.sft_rows)
+
+    sft_loop(run, model, batch, cfg.train.sft_steps, cfg.train.sft_lr)
+    return model
+
+
+def harvest(run, keep):
+    """Samples the source stage's model on training problems and returns what `keep(problem, completion)` makes of them (None = nothing),
+    at most one a problem, as (problem, text) rows; STAGE/sft.jsonl holds them for people, and for a run that is resumed."""
+    cfg, tok, path = run.cfg, run.tok, run.path("sft.jsonl")
+    python, generator = rng(cfg.train.seed, run.name, "harvest")
+    problems = [data.draw_problem(cfg.data, python) for _ in range(cfg.train.harvest_problems)]
+    if not os.path.exists(path):
+        model = load_model(os.path.join(cfg.train.out_dir, run.stage.source, "ckpt.pt"), run.device)
+        k, lines, n_right = cfg.train.harvest_samples, [], 0
+        for i in tqdm(range(0, len(problems), 32), desc=f"{run.name} harvest", leave=False, disable=None):
+            chunk = problems[i:i + 32]
+            out = model.generate([data.prompt_ids(p, tok, cfg.data) for p in chunk], k, max_new_tokens=cfg.grpo.max_new_tokens,
+                                 temperature=cfg.grpo.temperature, stop_ids=tok.stop_ids, generator=generator, pad_id=tok.pad_id)
+            texts = [data.completion_text(ids, tok, cfg.data) for ids in out.completions()]
+            n_right += int(sum(rewards.accuracy([p for p in chunk for _ in range(k)], texts)))
+            for j, problem in enumerate(chunk):
+                kept = [text for text in (keep(problem, text) for text in texts[j * k:(j + 1) * k]) if text is not None]
+                lines += [{"problem": i + j, "prompt": data.prompt_text(problem, cfg.data), "completion": text} for text in kept[:1]]
+        print(f"{run.name}: sampled {len(problems) * k} from {run.stage.source}, right {n_right}, kept {len(lines)} (one a problem), in {path}")
+        with whole_file(path) as f:
+            f.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    with open(path, encoding="utf-8") as f:
+        rows = [(problems[line["problem"]], line["completion"]) for line in map(json.loads, f)]
+    if not rows:
+        raise BadInput(f"{run.name}: nothing that {run.stage.source} says is fit to learn from: train it longer, or raise --harvest_problems")
+    return rows
+
+
 @dataclass(frozen=True)
 class Stage:
     train: callable   # (run) -> trained model
     parent: str       # the stage whose checkpoint it starts from
+    source: str       # the stage whose samples it learns from
+    steps: str        # the setting that says how long it is
     overrides: dict   # its own defaults
     shaped_by: list   # the settings that may not change once it has begun
 
@@ -566,18 +626,24 @@ TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
     "arithmetic": {"base_steps": 1200, "base_length": 176, "rl_steps": 120},
 }
 WORLD = names(DataConfig, "eval_problems") + ["seed"]
+RL = WORLD + ["init_from", "optimizer", "rl_lr", "rl_warmup", "rl_hold"] + names(RewardConfig) + names(GRPOConfig, "micro_tokens")
+SFT = ["init_from", "optimizer", "harvest_problems", "harvest_samples", "sft_steps", "sft_lr", "sft_rows", "max_new_tokens", "temperature"]
 STAGES = {
-    "base": Stage(train_base, None, {}, names(GPTConfig) + WORLD + ["init_from", "optimizer"] + ["base_steps", "base_lr", "base_rows", "base_length"]),
-    "zero": Stage(train_zero, "base", {}, WORLD + ["init_from", "optimizer", "rl_lr", "rl_warmup", "rl_hold"] + names(RewardConfig) + names(GRPOConfig, "micro_tokens")),
+    "base": Stage(train_base, None, None, "base_steps", {}, names(GPTConfig) + WORLD + ["init_from", "optimizer", "base_lr", "base_rows", "base_length", "base_steps"]),
+    "zero": Stage(train_rl, "base", None, "rl_steps", {}, RL),
+    "dev1": Stage(train_dev1, "base", "zero", "sft_steps", {}, WORLD + SFT),
+    "dev2": Stage(train_rl, "dev1", None, "rl_steps", {"w_language": 0.5, "rl_steps": 40}, RL),
 }
 
 
 def run_stage(name, given):
     """Runs a stage and first whatever it needs, each only if it is not done; returns its Run."""
     stage = STAGES[name]
-    parent = run_stage(stage.parent, given) if stage.parent else None
+    for other in (stage.parent, stage.source):
+        if other:
+            run_stage(other, given)
     run = Run(name, given)
-    steps = run.cfg.train.base_steps if name == "base" else run.cfg.train.rl_steps
+    steps = getattr(run.cfg.train, stage.steps)
     task = run.cfg.data.task
     if name == "base" and run.cfg.train.init_from:  # somebody else has trained it
         print(f"base: {run.cfg.train.init_from}")
@@ -595,9 +661,6 @@ def run_stage(name, given):
     if model is not None or task not in read_results(run.dir):
         model = model or load_model(run.path("ckpt.pt"), run.device)
         final_evaluation(model, run.tok, run.cfg, run.dir)
-    columns = {r.name: read_results(r.dir)[task] for r in (parent, run) if r}
-    if name != "base":
-        print_table(columns)
     return run
 
 
@@ -637,7 +700,8 @@ def main(argv):
         if words in (["eval"], ["export"]):
             return {"eval": run_eval, "export": run_export}[words[0]](given)
         for word in words:
-            run_stage(word, given)
+            run = run_stage(word, given)
+        print_table(results_so_far(run.cfg.train.out_dir, run.cfg.data.task))
     except BadInput as e:
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)
