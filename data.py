@@ -598,13 +598,6 @@ def corpus_batch(cfg, tokenizer, rng, rows, length):
     return pad([sum(row, []) for row in packed], tokenizer.pad_id, length)
 
 
-def in_english(text):
-    """A trace with its Chinese words put into English: what people did to R1's cold-start traces to make them readable."""
-    for english, chinese in WORDS.values():
-        text = text.replace(chinese, english)
-    return text
-
-
 def sft_batch(rows, tok, cfg, rng, n):
     """n of the (problem, completion) `rows`, drawn at random -> ids (n, T) and the mask (n, T) of the completions' tokens, end token included:
     the only ones that supervised fine-tuning learns."""

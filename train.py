@@ -1,10 +1,12 @@
 """The DeepSeek-R1 pipeline on a laptop: this file turns the other four into runs.
 
-    toy corpus ──next token──► base ──GRPO, accuracy + format rewards──► zero
-                               DeepSeek-V3-Base                          DeepSeek-R1-Zero
+    toy corpus ──next token──► base ──GRPO, accuracy + format────────────────────► zero
+                               DeepSeek-V3-Base                                    DeepSeek-R1-Zero
+                               base ──SFT on zero's most readable right traces──► dev1
+                               dev1 ──GRPO, + language consistency──────────────► dev2
 
     python train.py                             # base, then zero, then a table that compares them
-    python train.py base                        # one stage, and whatever it needs and does not find
+    python train.py dev2                        # one stage, and whatever it needs and does not find
     python train.py --task=arithmetic --out_dir=out-arithmetic
     python train.py --rl_steps=300              # goes on from where a finished run stopped
     python train.py --init_from=FOLDER          # GRPO on a real model: a Hugging Face folder in place of the toy base
@@ -67,8 +69,8 @@ class TrainConfig:
     eval_samples: int = opt(16, "completions of each held-out problem in an evaluation")
     save_every: int = opt(20, "GRPO steps between checkpoints; next-token training saves every 10 times as many")
     harvest_problems: int = opt(400, "problems that a stage which learns from another's samples puts to it")
-    harvest_samples: int = opt(4, "samples of each")
-    sft_steps: int = opt(150, "optimiser steps of supervised fine-tuning")
+    harvest_samples: int = opt(8, "samples of each")
+    sft_steps: int = opt(60, "optimiser steps of supervised fine-tuning")
     sft_lr: float = opt(1e-3, "its peak learning rate")
     sft_rows: int = opt(24, "traces a step")
     ckpt: str = opt("", "checkpoint for `eval` and `export`; none = out_dir/zero/ckpt.pt")
@@ -560,8 +562,9 @@ def train_rl(run):
 
 
 def train_dev1(run):
-    """The cold start: the base learns from a few hundred of R1-Zero's traces, right ones, put into one language."""
-    rows = harvest(run, keep=lambda problem, text: data.in_english(text) if rewards.accuracy([problem], [text])[0] and rewards.has_format(text) else None)
+    """The cold start: the base learns from a few hundred of R1-Zero's right and well-formed traces, those that mix languages least."""
+    rows = harvest(run, keep=lambda problem, text: rewards.accuracy([problem], [text])[0] and rewards.has_format(text),
+                   rank=lambda problem, text: rewards.language_consistency([problem], [text])[0])
     return train_sft(run, rows)
 
 
@@ -576,27 +579,31 @@ def train_sft(run, rows):
     return model
 
 
-def harvest(run, keep):
-    """Samples the source stage's model on training problems and returns what `keep(problem, completion)` makes of them (None = nothing),
-    at most one a problem, as (problem, text) rows; STAGE/sft.jsonl holds them for people, and for a run that is resumed."""
+def harvest(run, keep, rank):
+    """Samples the source stage's model on training problems; of the completions that pass `keep(problem, completion)` takes the one with
+    the highest rank for each problem, and of these the better half. Returns (problem, completion) rows; STAGE/sft.jsonl holds them
+    for people to read, and for a run that is resumed."""
     cfg, tok, path = run.cfg, run.tok, run.path("sft.jsonl")
     python, generator = rng(cfg.train.seed, run.name, "harvest")
-    problems = [data.draw_problem(cfg.data, python) for _ in range(cfg.train.harvest_problems)]
+    problems, k = [data.draw_problem(cfg.data, python) for _ in range(cfg.train.harvest_problems)], cfg.train.harvest_samples
     if not os.path.exists(path):
         model = load_model(os.path.join(cfg.train.out_dir, run.stage.source, "ckpt.pt"), run.device)
-        k, lines, n_right = cfg.train.harvest_samples, [], 0
+        found, passed = [], 0
         for i in tqdm(range(0, len(problems), 32), desc=f"{run.name} harvest", leave=False, disable=None):
             chunk = problems[i:i + 32]
             out = model.generate([data.prompt_ids(p, tok, cfg.data) for p in chunk], k, max_new_tokens=cfg.grpo.max_new_tokens,
                                  temperature=cfg.grpo.temperature, stop_ids=tok.stop_ids, generator=generator, pad_id=tok.pad_id)
             texts = [data.completion_text(ids, tok, cfg.data) for ids in out.completions()]
-            n_right += int(sum(rewards.accuracy([p for p in chunk for _ in range(k)], texts)))
             for j, problem in enumerate(chunk):
-                kept = [text for text in (keep(problem, text) for text in texts[j * k:(j + 1) * k]) if text is not None]
-                lines += [{"problem": i + j, "prompt": data.prompt_text(problem, cfg.data), "completion": text} for text in kept[:1]]
-        print(f"{run.name}: sampled {len(problems) * k} from {run.stage.source}, right {n_right}, kept {len(lines)} (one a problem), in {path}")
+                good = [(rank(problem, text), text) for text in texts[j * k:(j + 1) * k] if keep(problem, text)]
+                passed += len(good)
+                found += [(*max(good), i + j)] if good else []
+        best = sorted(found, reverse=True)[:(len(found) + 1) // 2]
+        print(f"{run.name}: sampled {len(problems) * k} from {run.stage.source}, passed {passed}, for {len(found)} problems, kept {len(best)}, in {path}")
         with whole_file(path) as f:
-            f.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+            for score, text, i in best:
+                line = {"problem": i, "prompt": data.prompt_text(problems[i], cfg.data), "completion": text, "rank": round(score, 4)}
+                f.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
     with open(path, encoding="utf-8") as f:
         rows = [(problems[line["problem"]], line["completion"]) for line in map(json.loads, f)]
     if not rows:

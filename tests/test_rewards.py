@@ -8,7 +8,7 @@ import pytest
 
 from data import Problem, countdown_problem
 from model import BadInput
-from rewards import RewardConfig, accuracy, format_reward, parse_expression, parse_number, score, split_completion, verify
+from rewards import RewardConfig, accuracy, format_reward, language_consistency, parse_expression, parse_number, score, split_completion, verify
 
 PROBLEM = countdown_problem((3, 7, 2), 20)
 WRITTEN = Problem("file", "How much is it?", (), "72")
@@ -61,6 +61,7 @@ HOSTILE = [
     "<answer></answer>", "<think><think></think></think><answer>1</answer>", "<answer>١٢</answer>", "<answer>\ud800</answer>",
     "<answer>*" * 10, "<answer>()</answer>", "<answer>)(</answer>", "<answer>1+</answer>", "<answer>-</answer>",
     "<answer>" + "+".join("1" * 60) + "</answer>", "<answer>" + "*".join(["99999"] * 19) + "</answer>",
+    "世界" * 90_000, "a世" * 90_000, "<think>" + "a 世 б " * 30_000 + "</think>", "a " * 99_000,
     "<think>\n</think>\n<answer>" + "1" * 199_000 + "</answer>",
 ]
 
@@ -68,12 +69,15 @@ HOSTILE = [
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_any_text_gets_a_score_within_ten_milliseconds(text):
     for problem in (PROBLEM, ARITHMETIC, WRITTEN):
-        best = []
+        best, best_language = [], []
         for _ in range(3):  # the machine may be busy elsewhere: the fastest of three is what the code takes
             start = time.perf_counter()
             right, form = accuracy([problem], [text]), format_reward([problem], [text])
             best.append(time.perf_counter() - start)
-        assert min(best) < 0.010
+            start = time.perf_counter()
+            assert 0 <= language_consistency([problem], [text])[0] <= 1
+            best_language.append(time.perf_counter() - start)
+        assert min(best) < 0.010 and min(best_language) < 0.010
         assert right == [0.0] and form in ([0.0], [1.0])
 
 
@@ -164,6 +168,8 @@ def test_the_total_is_the_weighted_sum_and_every_part_is_shown():
     assert totals == [2.5, 2.0, 0.0] and parts == {"accuracy": [1, 1, 0], "format": [1, 0, 0]}
     with pytest.raises(BadInput):
         RewardConfig(w_accuracy=0, w_format=0).check()
+    totals, parts = score([PROBLEM], ["<think>no 不对</think>"], RewardConfig(w_language=2.0))
+    assert totals == [1.0] and parts["language"] == [0.5]
 
 
 def test_problems_and_completions_must_match_in_number():
@@ -189,3 +195,17 @@ def test_what_is_no_single_number_is_none(text):
     ("0.5", "50%", 1), ("50%", "0.5", 1), ("50%", "50", 1), ("0.5", "0.5%", 0), ("50%", "50 percent", 1), ("1,000", "1000", 1), ("Paris", " paris ", 1), ("Paris", "London", 0), ("$18", "18.00", 1)])
 def test_written_answers_are_compared_exactly(target, text, right):
     assert answer(text, Problem("file", "q", (), target)) == right
+
+
+@pytest.mark.parametrize("thinking, share", [
+    ("keep 3: 2+1=3 vs 4 no", 1), ("留 3: 2+1=3 比 4 不对", 0), ("keep 3: 2+1=3 比 4 no", 2 / 3), ("no 不对", 1 / 2), ("no 都不行", 1 / 3),  # a Chinese word is two signs or one
+    ("", 1), ("1+2=3", 1), ("да no", 1 / 2), ("ａ no", 1 / 2), ("naïve café", 1), ("ok。好的好的", 1 / 3), ("ok はい", 1 / 2)])
+def test_language_consistency_is_the_share_of_words_in_the_questions_script(thinking, share):
+    for text in (f"<think>{thinking}</think><answer>这里不算</answer>", f"{thinking}</think><answer>no</answer>", thinking):
+        assert language_consistency([PROBLEM], [text]) == [pytest.approx(share)]
+    assert language_consistency([Problem("file", "三加二是多少？", (), "5")], [f"<think>{thinking}</think>"])[0] <= (1 - share if share not in (0, 1) else 1)
+
+
+def test_a_chinese_question_wants_chinese_thinking():
+    chinese = Problem("file", "三加二是多少？", (), "5")
+    assert language_consistency([chinese, chinese], ["<think>三加二</think>", "<think>three and two</think>"]) == [1, 0]

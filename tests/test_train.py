@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 import data
+import rewards
 import train
-from model import GPT, GPTConfig, load_checkpoint, load_model, save_pretrained
+from model import GPT, BadInput, GPTConfig, load_checkpoint, load_model, save_pretrained
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--mlp_dim=16", "--head_dim=8", "--context=128", "--base_rows=2", "--base_length=100", "--base_steps=12",
@@ -151,6 +153,74 @@ def test_sample_shows_thinking_answer_and_score(finished):
 def test_a_prompt_longer_than_the_context_is_refused_in_one_line(finished):
     done = command(f"--ckpt={finished / 'zero' / 'ckpt.pt'}", "--numbers=" + ",".join("7" * 100), "--target=20", script="sample.py")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "context" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------- the later stages
+
+def test_supervised_batches_learn_the_completion_and_its_end_alone():
+    tok, rng, cfg = data.load_tokenizer(), random.Random(0), data.DataConfig()
+    rows = [(data.countdown_problem((3, 7, 2), 20), "<think>\nhm\n</think>\n<answer>(3+7)*2</answer>"), (data.countdown_problem((1, 2), 3), "1+2")]
+    tokens, mask = data.sft_batch(rows, tok, cfg, rng, 6)
+    for ids, learnt in zip(tokens, mask):
+        text, prompt = tok.decode(ids[learnt].tolist()), tok.decode(ids[~learnt].tolist())
+        assert (prompt, text) in {(p.prompt, t) for p, t in rows} and ids[learnt][-1] == tok.end_id
+
+
+def harvested(tmp_path, monkeypatch, texts, keep, rank):
+    """What `harvest` makes of a source that says texts[i % len(texts)] in sample i."""
+    tok = data.load_tokenizer()
+
+    class Source:
+        def generate(self, prompts, k, **options):
+            self.said = [tok.encode(texts[i % len(texts)]) + [tok.end_id] for i in range(len(prompts) * k)]
+            return self
+
+        def completions(self):
+            return self.said
+    monkeypatch.setattr(train, "load_model", lambda *a: Source())
+    run = train.Run("dev1", {"out_dir": str(tmp_path), "harvest_problems": 40, "harvest_samples": 4})
+    return train.harvest(run, keep, rank), [json.loads(line) for line in open(tmp_path / "dev1" / "sft.jsonl", encoding="utf-8")]
+
+
+def test_a_harvest_keeps_the_best_of_each_problem_and_the_better_half(tmp_path, monkeypatch, capsys):
+    texts = ["a", "bb", "ccc", "x"] + ["a", "x", "x", "x"]  # every other problem has nothing better than a
+    rows, lines = harvested(tmp_path, monkeypatch, texts, keep=lambda p, t: t != "x", rank=lambda p, t: len(t))
+    assert [text for _, text in rows] == ["ccc"] * 20 == [line["completion"] for line in lines]
+    assert all(line["prompt"] == problem.prompt and not problem.held_out for (problem, _), line in zip(rows, lines))
+    assert "sampled 160 from zero, passed 80, for 40 problems, kept 20" in capsys.readouterr().out
+    again, _ = harvested(tmp_path, monkeypatch, ["other"], keep=lambda p, t: True, rank=lambda p, t: 1)
+    assert again == rows  # the file is what counts, also for a run that is resumed
+
+
+def test_a_harvest_of_nothing_is_said_in_one_line(tmp_path, monkeypatch):
+    with pytest.raises(BadInput, match="dev1: nothing that zero says"):
+        harvested(tmp_path, monkeypatch, ["a"], keep=lambda p, t: False, rank=lambda p, t: 0)
+
+
+def test_the_cold_start_and_reasoning_rl_run_and_resume(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "whole")
+    flags = [*TINY, "--harvest_problems=6", "--harvest_samples=2", "--sft_steps=6", "--sft_rows=3", "--save_every=1"]
+    monkeypatch.setattr(rewards, "has_format", lambda text: True)  # a model of this size says nothing right
+    monkeypatch.setattr(rewards, "accuracy", lambda problems, completions: [1.0] * len(completions))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    run(tmp_path / "whole", "dev2", tiny=flags)
+    table = capsys.readouterr().out
+    assert all(name in table.split("pass@1, sampled")[0].splitlines()[-1] for name in ("base", "zero", "dev1", "dev2"))
+    assert "language" in lines(tmp_path / "whole" / "dev2")[0] and "language" not in lines(tmp_path / "whole" / "zero")[0]
+    log = train.Run.log
+
+    def cut(self, metrics):
+        log(self, metrics)
+        if self.name == "dev2" and metrics["step"] == 2:
+            raise Cut
+    monkeypatch.setattr(train.Run, "log", cut)
+    with pytest.raises(Cut):
+        run(tmp_path / "cut", "dev2", tiny=flags)
+    monkeypatch.setattr(train.Run, "log", log)
+    run(tmp_path / "cut", "dev2", tiny=flags)
+    for name in ("dev1", "dev2"):
+        assert torch.equal(weights(tmp_path / "cut" / name), weights(tmp_path / "whole" / name))
+        assert lines(tmp_path / "cut" / name) == lines(tmp_path / "whole" / name)
 
 
 # ---------------------------------------------------------------------------------------- real models
