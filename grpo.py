@@ -47,6 +47,9 @@ class GRPOConfig:
                 raise BadInput(f"{name}={getattr(self, name)} must be at least 1")
         if not self.temperature > 0:
             raise BadInput(f"temperature={self.temperature} must be above 0: RL learns from differences between samples")
+        for name, least, most in (("clip_low", 0, 1), ("clip_high", 0, 1e9), ("kl_coef", 0, 1e9), ("max_grad_norm", 1e-12, 1e12), ("resample_equal", 0, 1000), ("ref_every", 0, 1e9)):
+            if not least <= getattr(self, name) <= most:
+                raise BadInput(f"{name}={getattr(self, name)} must lie between {least:g} and {most:g}")
         if self.adv_norm not in ("std", "none"):
             raise BadInput(f"adv_norm={self.adv_norm!r} is not std or none")
         if self.loss_norm not in ("sequence", "token", "constant"):

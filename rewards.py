@@ -5,8 +5,8 @@ gets a score, and quickly. Arithmetic is exact: 8/(3-8/3) makes 24 and nothing e
 
     python -c "import data, rewards; print(rewards.accuracy([data.countdown_problem((3, 7, 2), 20)], ['<answer>(3+7)*2</answer>']))"
 """
+import math
 import re
-from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -23,7 +23,10 @@ class RewardConfig:
     w_language: float = opt(0.0, "weight of the share of the thinking's words that are in the question's language")
 
     def check(self):
-        """Raises BadInput if no reward has a weight."""
+        """Raises BadInput if no reward has a weight, or one is not finite."""
+        for name, weight in vars(self).items():
+            if not math.isfinite(weight):
+                raise BadInput(f"{name}={weight} is not a finite number")
         if not any(vars(self).values()):
             raise BadInput("all reward weights are 0: set --w_accuracy, or another, above 0")
 
@@ -192,17 +195,17 @@ def has_format(text):
 SCRIPTS = {  # the letters of each script; a run of them is a word, but where words are not spaced two letters count as one
     "latin": "A-Za-zÀ-ÖØ-öø-ɏ", "han": "㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f", "kana": "぀-ヿ", "hangul": "가-힯", "cyrillic": "Ѐ-ԯ", "greek": "Ͱ-Ͽ",
     "arabic": "؀-ۿ", "hebrew": "א-ת", "devanagari": "ऀ-ॿ", "thai": "฀-๿"}
-WORD = re.compile("|".join(f"(?P<{name}>[{letters}]+)" for name, letters in SCRIPTS.items()) + r"|(?P<other>[^\W\d_])")
+RUNS = {name: re.compile(f"[{letters}]+") for name, letters in SCRIPTS.items()}
+RUNS["other"] = re.compile(r"[^\W\d_" + "".join(SCRIPTS.values()) + "]")  # letters of scripts not listed, one by one
 UNSPACED = ("han", "kana", "thai")
 MAX_READ = 20_000  # characters of a thinking whose language is looked at
 
 
 def count_words(text):
-    """Words by script, a Counter, from the first 20,000 characters; tags are no words."""
-    words = Counter()
-    for word in WORD.finditer(TAG.sub(" ", text[:MAX_READ])):
-        words[word.lastgroup] += -(-len(word[0]) // 2) if word.lastgroup in UNSPACED else 1
-    return words
+    """{script: words}, from the first 20,000 characters; tags are no words."""
+    text = TAG.sub(" ", text[:MAX_READ])
+    found = {name: runs.findall(text) for name, runs in RUNS.items()}
+    return {name: sum(-(-len(run) // 2) for run in runs) if name in UNSPACED else len(runs) for name, runs in found.items()}
 
 
 def language_consistency(problems, completions):
@@ -210,11 +213,11 @@ def language_consistency(problems, completions):
     A completion without thinking tags is read as a whole. (R1's reward against mixed languages.)"""
     scores = []
     for problem, completion in zip(problems, completions, strict=True):
-        asked = count_words(problem.question).most_common(1)
+        asked = count_words(problem.question)
         thinking = split_completion(completion)[0]
         words = count_words(completion if thinking is None else thinking)
         total = sum(words.values())
-        scores.append(words[asked[0][0]] / total if asked and total else 1.0)
+        scores.append(words[max(asked, key=asked.get)] / total if total else 1.0)
     return scores
 
 

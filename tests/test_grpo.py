@@ -353,6 +353,7 @@ def test_groups_that_teach_nothing_are_replaced_until_the_cap():
 
 
 def test_wrong_settings_are_refused_by_name():
-    for wrong in ({"group_size": 0}, {"temperature": 0.0}, {"loss_norm": "mean"}, {"adv_norm": "max"}, {"micro_tokens": 0}):
+    for wrong in ({"group_size": 0}, {"temperature": 0.0}, {"loss_norm": "mean"}, {"adv_norm": "max"}, {"micro_tokens": 0}, {"clip_low": -0.1},
+                  {"clip_high": -1.0}, {"kl_coef": -1.0}, {"kl_coef": float("nan")}, {"max_grad_norm": 0.0}, {"resample_equal": -1}, {"temperature": float("nan")}):
         with pytest.raises(BadInput, match=next(iter(wrong))):
             GRPOConfig(**wrong).check()

@@ -303,7 +303,7 @@ def test_memory_is_planned_from_the_settings():
     (["--rl_steps=0"], ["rl_steps"]), (["--group_size=-1"], ["group_size"]), (["--n_numbers=9"], ["n_numbers"]), (["--task=chess"], ["chess", "countdown"]),
     (["--n_kv_head=3"], ["n_kv_head"]), (["--w_accuracy=0", "--w_format=0"], ["w_accuracy"]), (["--device=abacus"], ["abacus"]),
     (["eval", "--ckpt=/nowhere/ckpt.pt"], ["/nowhere/ckpt.pt"]), (["--out_dir=/dev/null/out"], ["/dev/null/out"]), (["--rl_lr=nan"], ["rl_lr"]),
-    (["--threads=-2"], ["threads"]), (["--context=30", "--base_length=20"], ["context"]),
+    (["--threads=-2"], ["threads"]), (["--w_format=nan"], ["w_format"]), (["--clip_low=2"], ["clip_low"]), (["--context=30", "--base_length=20"], ["context"]),
     (["--init_from=/nowhere"], ["/nowhere"]), (["--template=qwen2"], ["template", "qwen"]), (["--shots=2"], ["shots", "toy"]), (["--data=/nowhere.jsonl"], ["/nowhere.jsonl"]),
     (["--task=file"], ["--data"]), (["--optimizer=sgd"], ["optimizer", "adamw"]), (["export", "--ckpt=/nowhere/ckpt.pt"], ["/nowhere/ckpt.pt"]), (["eval", "zero"], ["eval"]),
     (["--base_length=5"], ["base_length"]), (["--vocab_size=10"], ["vocab_size"])])
