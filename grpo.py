@@ -13,6 +13,7 @@ One step, top to bottom in this file: `rollout` samples and rewards, `group_adva
 (2)-(5), `grpo_step` turns one rollout into optimiser steps. Token ids only: prompts come in as ids, and
 what a completion is worth is the business of the `reward_fn` that train.py hands in.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -184,6 +185,18 @@ def micro_batches(rows, lengths, budget):
         rows = rows[n:]
 
 
+def apply_gradients(model, optimizers, max_grad_norm):
+    """Clips the gradients, takes one optimiser step and clears them -> (their norm, 0 or 1 for skipped). Gradients that are not
+    finite are dropped: one such step would leave nothing but NaN."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    finite = math.isfinite(grad_norm)
+    for optimizer in optimizers:
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return grad_norm, int(not finite)
+
+
 def grpo_step(model, ref, optimizers, batch, cfg, generator):
     """One rollout's optimiser steps; `ref` is None if cfg.kl_coef is 0. Returns the metrics as
     floats, averaged over the whole step and not its last micro-batch."""
@@ -212,10 +225,8 @@ def grpo_step(model, ref, optimizers, batch, cfg, generator):
                 loss.backward()
                 for name, value in metrics.items():
                     total[name] = total.get(name, 0.0) + value
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            total["grad_norm"] = total.get("grad_norm", 0.0) + grad_norm.item()
+            grad_norm, skipped = apply_gradients(model, optimizers, cfg.max_grad_norm)
+            for name, value in (("grad_norm", grad_norm), ("skipped", skipped)):
+                total[name] = total.get(name, 0.0) + value
             n_steps += 1
     return {name: value / n_steps for name, value in total.items()}

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -435,11 +435,16 @@ def token_logps(model, tokens, temperature=1.0, mask=None, chunk_floats=2**24):
 def whole_file(path):
     """Opens `path` to be written whole or not at all: a temporary file, flushed to disk, then renamed."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".tmp", "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as e:
+        with suppress(OSError):
+            os.remove(path + ".tmp")
+        raise BadInput(f"cannot write {path} ({e.strerror or e}): what was there before is untouched; make room and run the same command again") from None
 
 
 def save_checkpoint(path, state):
@@ -489,7 +494,7 @@ def read_json(path):
         with open(path, encoding="utf-8") as f:
             value = json.load(f)
     except OSError as e:
-        raise BadInput(f"cannot read {path} ({e.strerror}): a Hugging Face model folder has one") from None
+        raise BadInput(f"cannot read {path} ({e.strerror})") from None
     except (ValueError, RecursionError):
         raise BadInput(f"{path} is not JSON") from None
     if not isinstance(value, dict):

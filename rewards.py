@@ -227,6 +227,31 @@ REWARDS = {"accuracy": accuracy, "format": format_reward, "language": language_c
 def score(problems, completions, cfg):
     """Every reward with a weight: (totals (N,), {name: values (N,)}), as lists of floats."""
     weights = {name: getattr(cfg, f"w_{name}") for name in REWARDS}
-    parts = {name: REWARDS[name](problems, completions) for name, weight in weights.items() if weight}
+    parts = {name: checked(name, problems, completions) for name, weight in weights.items() if weight}
     totals = [sum(weights[name] * parts[name][i] for name in parts) for i in range(len(completions))]
     return totals, parts
+
+
+def checked(name, problems, completions):
+    """A reward's values as floats. Raises BadInput that names the reward, the problem and the completion where it raises
+    or does not return one finite number for each."""
+    values = attempt(name, problems, completions)
+    if isinstance(values, list):
+        return values
+    for problem, completion in zip(problems, completions):  # which one was it?
+        fault = attempt(name, [problem], [completion])
+        if not isinstance(fault, list):
+            raise BadInput(f"reward {name!r} {fault} for the problem {problem.question[:80]!r} and the completion {completion[:200]!r}")
+    raise BadInput(f"reward {name!r} {values} for {len(completions)} completions, but not for each of them alone")
+
+
+def attempt(name, problems, completions):
+    """A reward's values as a list of floats, or in words what is wrong with them."""
+    try:
+        values = list(REWARDS[name](problems, completions))
+        if len(values) != len(completions):
+            return f"returned {len(values)} values"
+        bad = [v for v in values if isinstance(v, (str, bytes)) or v is None or not math.isfinite(v)]
+        return f"returned {bad[0]!r}" if bad else [float(v) for v in values]
+    except Exception as e:  # it is the user's function: anything may happen in it
+        return f"raised {type(e).__name__}: {str(e)[:100]}"

@@ -2,10 +2,14 @@
 
     python sample.py                                              # held-out problems, out/zero
     python sample.py --numbers=3,7,2 --target=20 --n=4            # your own problem, four tries
+    python sample.py --ckpt=out/base/ckpt.pt --vs=out/zero/ckpt.pt # the same problems side by side, before and after RL
     python sample.py --ckpt=out/base/ckpt.pt --task=arithmetic
 """
 import argparse
+import shutil
 import sys
+import unicodedata
+from itertools import zip_longest
 
 import data
 import rewards
@@ -22,6 +26,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     parser = Parser(prog="sample.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="out/zero/ckpt.pt", help="checkpoint (default %(default)s)")
+    parser.add_argument("--vs", help="a second checkpoint, to show beside the first")
     parser.add_argument("--task", choices=["countdown", "arithmetic"], help="kind of held-out problems (default: what the checkpoint was trained on)")
     parser.add_argument("--numbers", help="your own countdown problem: numbers, as 3,7,2")
     parser.add_argument("--target", type=int, help="... and what to make of them")
@@ -45,32 +50,66 @@ def own_problem(numbers, target):
     return data.countdown_problem(numbers, target)
 
 
-def show(problem, completion):
-    """One completion as a person would read it; what has no tags is shown as it is."""
+def render(problem, completion):
+    """One completion as a person would read it: (style, line) pairs. What has no tags is shown as it is; control characters, which a model
+    may say and a terminal would obey, are shown as U+FFFD."""
+    completion = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in completion)
     thinking, answer = rewards.split_completion(completion)
-    print(f"--- {problem.question}")
-    if thinking is None and answer is None:
-        print(completion.strip() or "(nothing)")
-    else:
-        print("thinking\n    " + (thinking or "(none)").strip().replace("\n", "\n    "))
-        print(f"answer\n    {answer if answer else '(none)'}")
     scores = {name: reward([problem], [completion])[0] for name, reward in rewards.REWARDS.items()}
-    print("scores\n    " + "  ".join(f"{name} {value:g}" for name, value in scores.items()) + "\n")
+    lines = []
+    if thinking is None and answer is None:
+        lines += [("plain", line) for line in (completion.strip() or "(nothing)").split("\n")]
+    else:
+        lines += [("plain", "thinking")] + [("dim", "    " + line) for line in (thinking or "(none)").strip().split("\n")]
+        lines += [("plain", "answer"), ("right" if scores["accuracy"] else "wrong", f"    {answer or '(none)'}")]
+    return lines + [("plain", "scores"), ("plain", "    " + "  ".join(f"{name} {value:.3g}" for name, value in scores.items()))]
+
+
+STYLES = {"plain": "", "dim": "\033[2m", "right": "\033[1;32m", "wrong": "\033[1;31m"}
+
+
+def paint(style, text):
+    return f"{STYLES[style]}{text}\033[0m" if STYLES[style] and sys.stdout.isatty() else text
+
+
+def fit(text, width):
+    """The text cut or padded to so many columns of a terminal, where a Chinese sign takes two."""
+    out, used = "", 0
+    for c in text:
+        wide = 0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        if used + wide > width:
+            break
+        out, used = out + c, used + wide
+    return out + " " * (width - used)
+
+
+def sample(args, ckpt):
+    """(checkpoint's path, problems, a completion of each) for the problems that the flags ask for."""
+    own = own_problem(args.numbers, args.target) if args.numbers else None
+    _, model, tok, cfg = open_checkpoint({"ckpt": ckpt, **({"task": args.task, "data": ""} if args.task else {})})
+    problems = [own] * args.n if own else data.eval_problems(cfg.data, args.n)
+    out = model.generate([data.prompt_ids(p, tok, cfg.data) for p in problems], max_new_tokens=args.max_new_tokens or cfg.grpo.max_new_tokens,
+                         temperature=args.temperature, stop_ids=tok.stop_ids, generator=torch.Generator().manual_seed(args.seed), pad_id=tok.pad_id)
+    return ckpt, problems, [data.completion_text(ids, tok, cfg.data) for ids in out.completions()]
 
 
 def main(argv):
     args = parse(argv)
-    own = own_problem(args.numbers, args.target) if args.numbers else None
-    _, model, tok, cfg = open_checkpoint({"ckpt": args.ckpt, **({"task": args.task, "data": ""} if args.task else {})})
-    max_new_tokens, cfg = args.max_new_tokens or cfg.grpo.max_new_tokens, cfg.data
-    if own:
-        problems, group_size = [own], args.n
-    else:
-        problems, group_size = data.eval_problems(cfg, args.n), 1
-    out = model.generate([data.prompt_ids(p, tok, cfg) for p in problems], group_size, max_new_tokens=max_new_tokens, temperature=args.temperature,
-                         stop_ids=tok.stop_ids, generator=torch.Generator().manual_seed(args.seed), pad_id=tok.pad_id)
-    for i, ids in enumerate(out.completions()):
-        show(problems[i // group_size], data.completion_text(ids, tok, cfg))
+    ckpt, problems, completions = sample(args, args.ckpt)
+    if not args.vs:
+        for problem, completion in zip(problems, completions):
+            print("\n".join([f"--- {problem.question}"] + [paint(*line) for line in render(problem, completion)] + [""]))
+        return
+    vs, others, completions_vs = sample(args, args.vs)
+    if problems != others:
+        raise BadInput(f"{ckpt} and {vs} were trained on different problems: set --task, or --numbers and --target")
+    width = max(30, shutil.get_terminal_size((120, 0)).columns // 2 - 2)
+    print(fit(ckpt[-width:], width) + "  " + vs[-width:])
+    for problem, left, right in zip(problems, completions, completions_vs):
+        print(f"--- {problem.question}")
+        for a, b in zip_longest(render(problem, left), render(problem, right), fillvalue=("plain", "")):
+            print((paint(a[0], fit(a[1], width)) + "  " + paint(*b)).rstrip())
+        print()
 
 
 if __name__ == "__main__":

@@ -23,9 +23,12 @@ import json
 import math
 import os
 import random
+import signal
 import sys
+import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
@@ -35,7 +38,7 @@ from tqdm import tqdm
 import data
 import rewards
 from data import DataConfig
-from grpo import GRPOConfig, group_advantages, grpo_step, resample_equal_groups, rollout
+from grpo import GRPOConfig, apply_gradients, group_advantages, grpo_step, resample_equal_groups, rollout
 from model import (GPT, BadInput, GPTConfig, config_from_hf, load_checkpoint, load_model, opt, read_json, save_checkpoint,
                    save_pretrained, whole_file)
 from rewards import RewardConfig
@@ -73,6 +76,7 @@ class TrainConfig:
     sft_steps: int = opt(60, "optimiser steps of supervised fine-tuning")
     sft_lr: float = opt(1e-3, "its peak learning rate")
     sft_rows: int = opt(24, "traces a step")
+    patience: int = opt(5, "updates in a row that may be dropped because their gradients are not finite")
     ckpt: str = opt("", "checkpoint for `eval` and `export`; none = out_dir/zero/ckpt.pt")
     export_dir: str = opt("", "folder that `export` writes")
     export_dtype: str = opt("float32", "weights that `export` writes: float32, bfloat16 or float16")
@@ -80,7 +84,7 @@ class TrainConfig:
     def check(self):
         """Raises BadInput, naming the setting, on a value that cannot be run."""
         for name in ("base_steps", "base_rows", "base_length", "rl_steps", "rl_warmup", "rl_hold", "eval_samples", "save_every",
-                     "harvest_problems", "harvest_samples", "sft_steps", "sft_rows"):
+                     "harvest_problems", "harvest_samples", "sft_steps", "sft_rows", "patience"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("base_lr", "rl_lr", "sft_lr"):
@@ -187,7 +191,7 @@ class Run:
                 pass
         except OSError as e:
             raise BadInput(f"cannot write to {self.dir} ({e.strerror}): choose another --out_dir") from None
-        self.seconds = 0.0
+        self.seconds, self.skipped, self.stopping = 0.0, 0, False
         self.saved = load_checkpoint(self.path("ckpt.pt")) if os.path.exists(self.path("ckpt.pt")) else None
         if self.saved:
             self.refuse_contradictions()
@@ -256,8 +260,9 @@ class Run:
             print(f"{self.name}: resuming at step {step}")
         with open(self.path("metrics.jsonl")) as f:  # lines past the checkpoint will be written again
             lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with open(self.path("metrics.jsonl"), "w") as f:
-            f.writelines(lines)
+        with whole_file(self.path("metrics.jsonl")) as f:
+            f.write("".join(lines).encode())
+        self.saved = {"step": step}  # the rest is in use now, and large
         return step
 
     def save(self, step, model, optimizers, ref=None):
@@ -267,8 +272,39 @@ class Run:
             "optimizers": [o.state_dict() for o in optimizers], "ref": ref.state_dict() if ref is not None else None})
 
     def log(self, metrics):
+        plain = lambda v: v if not isinstance(v, float) else round(v, 6) if math.isfinite(v) else None
         with open(self.path("metrics.jsonl"), "a") as f:
-            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
+            f.write(json.dumps({k: plain(v) for k, v in metrics.items()}) + "\n")
+
+    def count_skipped(self, metrics, batch):
+        """Raises BadInput when `patience` updates in a row were not finite, with the last batch saved for a look."""
+        self.skipped = self.skipped + 1 if metrics["skipped"] == 1 else 0
+        if self.skipped >= self.cfg.train.patience:
+            save_checkpoint(self.path("bad_batch.pt"), batch)
+            raise BadInput(f"{self.name}: the gradients of {self.skipped} updates in a row were not finite, none of them was taken; the last batch lies in "
+                           f"{self.path('bad_batch.pt')}. Lower the learning rate, and go on from {self.path('ckpt.pt')} with the same command")
+
+    @contextmanager
+    def until_interrupted(self):
+        """Within it, a first Ctrl-C sets `stopping`: the step under way is finished and saved. A second one ends the run at once."""
+        def on_interrupt(*_):
+            signal.signal(signal.SIGINT, before)
+            self.stopping = True
+            tqdm.write("stopping after this step; Ctrl-C again stops at once")
+        in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
+        before = signal.signal(signal.SIGINT, on_interrupt) if in_main_thread else None
+        try:
+            yield
+        finally:
+            if in_main_thread:
+                signal.signal(signal.SIGINT, before)
+
+    def end_step(self, step, steps, every, *state):
+        """Saves where it is time to, and stops where the user wants to."""
+        if step % every == 0 or step == steps or self.stopping:
+            self.save(step, *state)
+        if self.stopping and step < steps:
+            raise KeyboardInterrupt(f"{self.name} is saved at step {step} of {steps}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -339,22 +375,19 @@ def sft_loop(run, model, batch_fn, steps, lr):
             hidden = (model.compiled_trunk or model.trunk)(tokens[:, :-1])
             loss = F.cross_entropy(model.head(hidden[mask]), tokens[:, 1:][mask])
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        grad_norm, skipped = apply_gradients(model, optimizers, 1.0)
         run.seconds += time.time() - t0
-        window.append({"step": step + 1, "loss": loss.item(), "grad_norm": grad_norm.item(), "tokens": int(mask.sum()),
+        window.append({"step": step + 1, "loss": loss.item(), "grad_norm": grad_norm, "skipped": skipped, "tokens": int(mask.sum()),
                        "seconds": run.seconds})
         run.log(window[-1])
+        run.count_skipped(window[-1], {"tokens": tokens, "mask": mask})
         if (step + 1) % 50 == 0 or step + 1 == steps:
             loss = sum(m["loss"] for m in window) / len(window)
             took = window[-1]["seconds"] - window[0]["seconds"] + 1e-9
             tqdm.write(f"{run.name} {step + 1:4d}/{steps}  loss {loss:.4f}  grad {window[-1]['grad_norm']:.2f}  "
                        f"{sum(m['tokens'] for m in window[1:]) / took:,.0f} tok/s  {run.seconds:.0f} s")
             window = []
-        if (step + 1) % (10 * run.cfg.train.save_every) == 0 or step + 1 == steps:
-            run.save(step + 1, model, optimizers)
+        run.end_step(step + 1, steps, 10 * run.cfg.train.save_every, model, optimizers)
 
 
 def rl_loop(run, model, ref, draw, reward_fn, check):
@@ -397,13 +430,13 @@ def rl_loop(run, model, ref, draw, reward_fn, check):
             "truncated": share(first.truncated), "tokens_per_s": n_tokens / took,
             "sample_s": t1 - t0, "update_s": took - (t1 - t0), "seconds": run.seconds}
         run.log(metrics)
+        run.count_skipped(metrics, {k: v for k, v in vars(batch).items() if k != "parts"})
         parts = "  ".join(f"{name} {metrics[name]:.2f}" for name in first.parts)
         tqdm.write(f"{run.name} {step + 1:4d}/{steps}  reward {metrics['reward']:.2f}  {parts}  length {metrics['length']:5.1f}  "
                    f"kl {metrics['kl']:.3f}  clip {metrics['clip']:.3f}  entropy {metrics['entropy']:.2f}  grad {metrics['grad_norm']:.2f}  "
                    f"equal {metrics['equal']:.2f} (right {metrics['all_right']:.2f} wrong {metrics['all_wrong']:.2f})  "
-                   f"truncated {metrics['truncated']:.2f}  {metrics['tokens_per_s']:,.0f} tok/s  {took:.1f} s")
-        if (step + 1) % cfg.train.save_every == 0 or step + 1 == steps:
-            run.save(step + 1, model, optimizers, ref if cfg.grpo.ref_every else None)
+                   f"truncated {metrics['truncated']:.2f}  {'SKIPPED  ' if metrics['skipped'] else ''}{metrics['tokens_per_s']:,.0f} tok/s  {took:.1f} s")
+        run.end_step(step + 1, steps, cfg.train.save_every, model, optimizers, ref if cfg.grpo.ref_every else None)
         if cfg.train.eval_every and (step + 1) % cfg.train.eval_every == 0 and step + 1 < steps:
             refresh(sampler, model)
             check(sampler)
@@ -460,10 +493,10 @@ def final_evaluation(model, tok, cfg, folder):
     metrics["pass@1_greedy"] = evaluate(model, tok, problems, 1, cfg.grpo.max_new_tokens, 0.0, cfg.data)[0]["pass@1"]
     results = read_results(folder)
     results[cfg.data.task] = metrics
-    with open(os.path.join(folder, "eval.json"), "w") as f:
-        json.dump(results, f, indent=1)
-    with open(os.path.join(folder, "samples.jsonl"), "w") as f:
-        f.writelines(json.dumps(s, ensure_ascii=False) + "\n" for s in samples[:64 * cfg.train.eval_samples])
+    with whole_file(os.path.join(folder, "samples.jsonl")) as f:
+        f.write("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples[:64 * cfg.train.eval_samples]).encode())
+    with whole_file(os.path.join(folder, "eval.json")) as f:  # last: what it holds is not evaluated again
+        f.write(json.dumps(results, indent=1).encode())
     return metrics
 
 
@@ -471,8 +504,7 @@ def read_results(folder):
     path = os.path.join(folder, "eval.json")
     if not os.path.exists(path):
         return {}
-    with open(path) as f:
-        return json.load(f)
+    return read_json(path)
 
 
 def results_so_far(out_dir, task):
@@ -663,7 +695,8 @@ def run_stage(name, given):
         model = None
     else:
         print(f"{name}: {steps} steps on {run.device}, into {run.dir}")
-        model = stage.train(run)
+        with run.until_interrupted():
+            model = stage.train(run)
         plot_curves(run.dir)
     if model is not None or task not in read_results(run.dir):
         model = model or load_model(run.path("ckpt.pt"), run.device)
@@ -712,6 +745,12 @@ def main(argv):
     except BadInput as e:
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)
+    except OSError as e:
+        print(f"train.py: {e.filename or given.get('out_dir', TrainConfig.out_dir)}: {e.strerror or e}; the last checkpoint is as it was", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as e:
+        print(f"train.py: stopped; {e or 'what is saved stays'}. The same command goes on from there", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

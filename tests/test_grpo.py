@@ -327,6 +327,15 @@ def test_a_rollout_is_never_changed_by_a_step(tiny):
     assert all(torch.equal(getattr(batch, k), getattr(before, k)) for k in ("tokens", "mask", "logp_old", "rewards", "truncated"))
 
 
+def test_gradients_that_are_not_finite_change_nothing(tiny):
+    batch = sample(tiny, SMALL)
+    batch = replace(batch, logp_old=torch.where(batch.mask, torch.nan, batch.logp_old))
+    model = copy.deepcopy(tiny)
+    metrics = grpo_step(model, None, [torch.optim.AdamW(model.parameters(), lr=0.1)], batch, replace(SMALL, kl_coef=0.0), seeded())
+    assert metrics["skipped"] == 1 and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny.parameters()))
+
+
 # ---------------------------------------------------------------------------------------- dynamic sampling
 
 

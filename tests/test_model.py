@@ -327,8 +327,9 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_old_one(tiny, tmp_path, mon
     path = str(tmp_path / "ckpt.pt")
     save_checkpoint(path, {"model_config": {}, "model": {"x": torch.ones(1)}})
     monkeypatch.setattr(model_file.torch, "save", lambda state, f: f.write(b"half") and (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
+    with pytest.raises(BadInput, match="ckpt.pt.*disk full.*untouched"):
         save_checkpoint(path, {"model_config": {}, "model": {"x": torch.zeros(1)}})
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
     assert load_checkpoint(path)["model"]["x"] == 1
 
 

@@ -1,11 +1,13 @@
 """Rewards against hostile text, exact arithmetic, and an independent checker."""
 import ast
+import math
 import random
 import time
 from fractions import Fraction
 
 import pytest
 
+import rewards
 from data import Problem, countdown_problem
 from model import BadInput
 from rewards import RewardConfig, accuracy, format_reward, language_consistency, parse_expression, parse_number, score, split_completion, verify
@@ -209,3 +211,18 @@ def test_language_consistency_is_the_share_of_words_in_the_questions_script(thin
 def test_a_chinese_question_wants_chinese_thinking():
     chinese = Problem("file", "三加二是多少？", (), "5")
     assert language_consistency([chinese, chinese], ["<think>三加二</think>", "<think>three and two</think>"]) == [1, 0]
+
+
+@pytest.mark.parametrize("reward, words", [
+    (lambda p, c: [1.0 if x == "good" else 1 / 0 for x in c], "raised ZeroDivisionError"), (lambda p, c: [1.0 if x == "good" else math.nan for x in c], "returned nan"),
+    (lambda p, c: [1.0 if x == "good" else None for x in c], "returned None"), (lambda p, c: [1.0 if x == "good" else "1" for x in c], "returned '1'"),
+    (lambda p, c: [1.0 for x in c if x == "good"], "returned 0 values"), (lambda p, c: None if "bad" in c else [1.0], "raised TypeError"), (lambda p, c: [math.inf if x == "bad" else 0 for x in c], "returned inf")])
+def test_a_faulty_reward_is_named_with_the_problem_and_the_completion(monkeypatch, reward, words):
+    monkeypatch.setitem(rewards.REWARDS, "format", reward)
+    with pytest.raises(BadInput, match=f"'format' {words}.*make 20 from 2, 3 and 7.*'bad'"):
+        score([ARITHMETIC, PROBLEM, ARITHMETIC], ["good", "bad", "good"], RewardConfig())
+
+
+def test_a_reward_may_return_whole_numbers_and_booleans(monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, "format", lambda p, c: (len(x) > 1 for x in c))
+    assert score([PROBLEM] * 2, ["a", "ab"], RewardConfig(w_format=1))[1]["format"] == [0.0, 1.0]

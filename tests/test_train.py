@@ -4,8 +4,10 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -101,6 +103,50 @@ def test_a_run_cut_short_ends_as_if_it_had_not_been(finished, tmp_path, monkeypa
         assert (tmp_path / name / "samples.jsonl").read_text() == (finished / name / "samples.jsonl").read_text()
 
 
+def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path):
+    flags = [*TINY, "--base_steps=100000", "--save_every=100000", f"--out_dir={tmp_path}"]
+    run = subprocess.Popen([sys.executable, "train.py", "base", *flags], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "base" / "metrics.jsonl").exists() or (tmp_path / "base" / "metrics.jsonl").stat().st_size == 0:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in err and "same command" in err
+    step = load_checkpoint(str(tmp_path / "base" / "ckpt.pt"))["step"]
+    assert f"saved at step {step} of 100000" in err and lines(tmp_path / "base")[-1]["step"] == step
+
+
+def test_updates_that_are_not_finite_end_the_run_with_the_batch_saved(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "out")
+    monkeypatch.setattr(train.rewards, "score", lambda problems, completions, cfg: ([float("nan")] * len(completions), {"accuracy": [0.0] * len(completions)}))
+    with pytest.raises(SystemExit) as e:
+        run(tmp_path / "out", "zero", tiny=[*TINY, "--rl_steps=9", "--patience=2"])
+    assert e.value.code == 2 and "2 updates in a row" in capsys.readouterr().err
+    assert load_checkpoint(str(tmp_path / "out" / "zero" / "ckpt.pt"))["step"] == 4  # the first of the two was saved, with the weights as they were
+    assert torch.equal(weights(tmp_path / "out" / "zero"), weights(finished / "zero"))
+    assert "tokens" in torch.load(tmp_path / "out" / "zero" / "bad_batch.pt", weights_only=True)
+    assert json.loads((tmp_path / "out" / "zero" / "metrics.jsonl").read_text().splitlines()[-1])["grad_norm"] is None
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_checkpoint(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "out")
+    before = (tmp_path / "out" / "zero" / "ckpt.pt").read_bytes()
+
+    def full(state, f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as e:
+        run(tmp_path / "out", "zero", tiny=[*TINY, "--rl_steps=9"])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and "No space left" in err and len(err.strip().splitlines()) == 1
+    assert (tmp_path / "out" / "zero" / "ckpt.pt").read_bytes() == before and not list((tmp_path / "out" / "zero").glob("*.tmp"))
+
+
+def test_a_process_killed_at_random_moments_ends_as_if_it_had_not_been():
+    import kill
+    assert kill.main(["--kills=2"])  # 20 in the long version: python tests/bench/kill.py
+
+
 def test_more_rl_steps_go_on_from_a_finished_run(finished, tmp_path):
     run(tmp_path, "zero", tiny=[*TINY, "--rl_steps=2"])
     run(tmp_path, "zero")
@@ -148,6 +194,19 @@ def test_eval_writes_beside_the_checkpoint(finished, tmp_path, capsys):
 def test_sample_shows_thinking_answer_and_score(finished):
     done = command(f"--ckpt={finished / 'zero' / 'ckpt.pt'}", "--numbers=3,7,2", "--target=20", "--max_new_tokens=12", "--n=2", script="sample.py")
     assert done.returncode == 0 and done.stdout.count("make 20 from 2, 3 and 7") == 2 and "accuracy 0" in done.stdout
+
+
+def test_two_checkpoints_are_shown_side_by_side(finished):
+    done = command(f"--ckpt={finished / 'base' / 'ckpt.pt'}", f"--vs={finished / 'zero' / 'ckpt.pt'}", "--max_new_tokens=12", "--n=2", script="sample.py")
+    assert done.returncode == 0 and done.stdout.count("--- make") == 2 and done.stdout.count("accuracy 0") == 4 and "\033" not in done.stdout
+    assert "base" in done.stdout.splitlines()[0] and "zero" in done.stdout.splitlines()[0]
+
+
+def test_what_a_model_says_cannot_control_the_terminal():
+    import sample
+    shown = "".join(line for _, line in sample.render(data.countdown_problem((3, 7), 10), "<think>\033[2J\r\x07</think><answer>3+7</answer>"))
+    assert "\033" not in shown and "\r" not in shown and "\x07" not in shown and "3+7" in shown
+    assert sample.fit("不对 x", 5) == "不对 " and sample.fit("ab", 4) == "ab  " and sample.fit("不对", 3) == "不 "
 
 
 def test_a_prompt_longer_than_the_context_is_refused_in_one_line(finished):
