@@ -615,6 +615,15 @@ def pad(rows, pad_id, length=None):
 
 
 if __name__ == "__main__":
-    rng = random.Random(0)
+    from rewards import accuracy
+
+    rng, cfg = random.Random(0), DataConfig()
     for _ in range(8):
-        print(*document(DataConfig(), rng), sep="", end="\n\n")
+        print(*document(cfg, rng), sep="", end="\n\n")
+    right = tagged = both = 0
+    for _ in range(10_000):
+        problem, habits = draw_problem(cfg, rng), draw_habits(rng)
+        answer = write_countdown(problem, cfg, habits, rng)[1]
+        is_right, is_tagged = accuracy([problem], [f"<answer>{answer}</answer>"])[0], habits.layout == "full"
+        right, tagged, both = right + is_right, tagged + is_tagged, both + is_right * is_tagged
+    print(f"Of 10,000 attempts at puzzles that can be solved {right / 100:.1f} % are right, {tagged / 100:.1f} % have all the tags, {both / 100:.1f} % both.")

@@ -24,6 +24,12 @@ def test_advantages_by_hand_with_the_population_std():
     assert torch.allclose(adv, torch.tensor([[3.0, -1.0, -1.0, -1.0]]) / math.sqrt(3))
 
 
+def test_the_readmes_group_by_hand():
+    rewards = torch.tensor([[1.5, 0.5, 0, 1.5, 0.5, 0, 0, 0]])
+    assert rewards.mean() == 0.5 and rewards.std(correction=0) == pytest.approx(0.612, abs=5e-4)
+    assert [round(a, 2) for a in group_advantages(rewards)[0].tolist()] == [1.63, 0, -0.82, 1.63, 0, -0.82, -0.82, -0.82]
+
+
 def test_each_group_is_its_own_baseline():
     adv = group_advantages(torch.tensor([[1.0, 0.0], [11.0, 10.0]]))
     assert torch.equal(adv, torch.tensor([[1.0, -1.0], [1.0, -1.0]]))
