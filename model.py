@@ -466,12 +466,19 @@ def load_checkpoint(path, device="cpu"):
     return state
 
 
-def load_model(path, device="cpu"):
-    """The model of a checkpoint, in its own shape. Raises BadInput as `load_checkpoint` does."""
-    state = load_checkpoint(path, device)
-    model = GPT(GPTConfig(**state["model_config"])).to(device)
-    model.load_state_dict(state["model"])
+def model_of(state, path, device="cpu"):
+    """The model in what `load_checkpoint` read from `path`, in its own shape. Raises BadInput if shape and weights do not fit."""
+    try:
+        model = GPT(GPTConfig(**state["model_config"])).to(device)
+        model.load_state_dict(state["model"])
+    except (TypeError, RuntimeError, AttributeError) as e:
+        raise BadInput(f"{path} holds no model of ours ({str(e).strip().splitlines()[0][:120]}); delete it to make it again") from None
     return model
+
+
+def load_model(path, device="cpu"):
+    """The model of a checkpoint. Raises BadInput as `load_checkpoint` does."""
+    return model_of(load_checkpoint(path, device), path, device)
 
 
 # ------------------------------------------------------------------------------------------------

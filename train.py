@@ -39,7 +39,7 @@ import data
 import rewards
 from data import DataConfig
 from grpo import GRPOConfig, apply_gradients, group_advantages, grpo_step, resample_equal_groups, rollout
-from model import (GPT, BadInput, GPTConfig, config_from_hf, load_checkpoint, load_model, opt, read_json, save_checkpoint,
+from model import (GPT, BadInput, GPTConfig, config_from_hf, load_checkpoint, load_model, model_of, opt, read_json, save_checkpoint,
                    save_pretrained, whole_file)
 from rewards import RewardConfig
 
@@ -194,6 +194,8 @@ class Run:
         self.seconds, self.skipped, self.stopping = 0.0, 0, False
         self.saved = load_checkpoint(self.path("ckpt.pt")) if os.path.exists(self.path("ckpt.pt")) else None
         if self.saved:
+            if not {"step", "settings", "optimizers", "seconds"} <= set(self.saved):
+                raise BadInput(f"{self.path('ckpt.pt')} is no checkpoint of a run; move it away, or choose another --out_dir")
             self.refuse_contradictions()
 
     def check_lengths(self):
@@ -728,10 +730,10 @@ def open_checkpoint(given):
     """(path, model, tokenizer, config) of --ckpt, with the settings that it was trained with unless others are given."""
     path = given.get("ckpt") or os.path.join(given.get("out_dir", TrainConfig.out_dir), "zero", "ckpt.pt")
     state = load_checkpoint(path)
-    cfg = Config().with_settings({**state["settings"], **given})
+    cfg = Config().with_settings({**state.get("settings", {}), **given})
     for group in ("data", "rewards", "grpo", "train"):
         getattr(cfg, group).check()
-    return path, load_model(path, "cpu"), data.load_tokenizer(cfg.train.init_from), cfg
+    return path, model_of(state, path), data.load_tokenizer(cfg.train.init_from), cfg
 
 
 def main(argv):

@@ -346,6 +346,17 @@ def test_missing_torn_and_foreign_checkpoints_are_named_in_one_line(tmp_path):
         assert "\n" not in str(e.value)
 
 
+def test_a_checkpoint_of_another_shape_is_refused_in_one_line(tiny, tmp_path):
+    from dataclasses import asdict
+    good = {"model_config": asdict(tiny.cfg), "model": tiny.state_dict()}
+    for name, wrong in (("unknown.pt", {"model_config": {**good["model_config"], "moe": 8}}), ("shape.pt", {"model_config": {**good["model_config"], "n_embd": 8}}),
+                        ("config.pt", {"model_config": 5}), ("weights.pt", {"model": {"x": torch.ones(1)}}), ("negative.pt", {"model_config": {**good["model_config"], "n_layer": -1}})):
+        torch.save({**good, **wrong}, tmp_path / name)
+        with pytest.raises(BadInput) as e:
+            load_model(str(tmp_path / name))
+        assert "\n" not in str(e.value)
+
+
 def test_loading_a_checkpoint_runs_no_code(tmp_path):
     class Trap:
         def __reduce__(self):

@@ -196,6 +196,15 @@ def test_sample_shows_thinking_answer_and_score(finished):
     assert done.returncode == 0 and done.stdout.count("make 20 from 2, 3 and 7") == 2 and "accuracy 0" in done.stdout
 
 
+def test_a_foreign_checkpoint_is_not_trained_on(finished, tmp_path, capsys):
+    os.makedirs(tmp_path / "base")
+    state = load_checkpoint(str(finished / "base" / "ckpt.pt"))
+    torch.save({"model": state["model"], "model_config": state["model_config"]}, tmp_path / "base" / "ckpt.pt")
+    with pytest.raises(SystemExit) as e:
+        run(tmp_path, "base")
+    assert e.value.code == 2 and "ckpt.pt is no checkpoint of a run" in capsys.readouterr().err
+
+
 def test_two_checkpoints_are_shown_side_by_side(finished):
     done = command(f"--ckpt={finished / 'base' / 'ckpt.pt'}", f"--vs={finished / 'zero' / 'ckpt.pt'}", "--max_new_tokens=12", "--n=2", script="sample.py")
     assert done.returncode == 0 and done.stdout.count("--- make") == 2 and done.stdout.count("accuracy 0") == 4 and "\033" not in done.stdout
