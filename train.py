@@ -222,12 +222,11 @@ class Run:
 
     def sampler_for(self, model):
         """What samples in the model's place: itself, or a copy in bfloat16 (see `refresh`)."""
-        half = self.cfg.train.sample_dtype == "bfloat16" or self.cfg.train.sample_dtype == "auto" and self.device.type == "cuda"
+        half = in_half(self.cfg.train.sample_dtype, self.device)
         return copy.deepcopy(model).requires_grad_(False).bfloat16() if half else model
 
     def autocast(self):
-        on = self.cfg.train.autocast == "on" or self.cfg.train.autocast == "auto" and self.device.type == "cuda"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=in_half(self.cfg.train.autocast, self.device))
 
     def say_memory(self):
         """One line before anything is loaded: what RL with these settings will take, and what there is."""
@@ -323,14 +322,17 @@ def make_optimizers(model, lr, kind):
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
+def in_half(setting, device):
+    """Whether --sample_dtype or --autocast means bfloat16 on this device."""
+    return setting in ("on", "bfloat16") or setting == "auto" and device.type == "cuda"
+
+
 def memory_plan(cfg, prompt_len, device):
     """{what: bytes} of a GRPO step: exact for weights, optimiser and cache, a rule of thumb for activations."""
     m, g, t = cfg.model, cfg.grpo, cfg.train
     with torch.device("meta"):
         n_params = sum(p.numel() for p in GPT(m).parameters())
-    cuda = device.type == "cuda"
-    half_sampling = t.sample_dtype == "bfloat16" or t.sample_dtype == "auto" and cuda
-    half_training = t.autocast == "on" or t.autocast == "auto" and cuda
+    half_sampling, half_training = in_half(t.sample_dtype, device), in_half(t.autocast, device)
     rows = max(g.prompts_per_step * g.group_size, 32 * t.eval_samples)
     cache = rows * (prompt_len + g.max_new_tokens) * m.n_layer * m.n_kv_head * m.d_head * 2
     block = 10 * m.n_embd + 5 * m.d_head * (m.n_head + m.n_kv_head) + 6 * m.mlp_dim  # numbers kept a token for the backward pass
