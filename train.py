@@ -666,7 +666,7 @@ REAL_DEFAULTS = {  # with --init_from: the paper's kind of settings, and sizes t
     "eval_problems": 100, "eval_samples": 4,
 }
 TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
-    "arithmetic": {"base_steps": 1200, "base_length": 176, "rl_steps": 120},
+    "arithmetic": {"base_steps": 2000, "base_length": 176, "rl_steps": 150},
 }
 WORLD = names(DataConfig, "eval_problems") + ["seed"]
 RL = WORLD + ["init_from", "optimizer", "rl_lr", "rl_warmup", "rl_hold"] + names(RewardConfig) + names(GRPOConfig, "micro_tokens")
