@@ -1,4 +1,5 @@
 """What the benchmarks share: two model shapes, the same weights as a transformers model, clocks and limits."""
+import argparse
 import ctypes
 import json
 import os
@@ -19,6 +20,20 @@ SHAPES = {
     "qwen1.5b": dict(vocab_size=151936, n_embd=1536, n_layer=28, n_head=12, n_kv_head=2, head_dim=128, mlp_dim=8960, context=1024, tied=True),
 }
 END = 0  # the token that ends a sequence
+
+
+def arguments(doc, rounds, **options):
+    """The command line of a benchmark: `options` are its own flags, {name: (default, help)}; --rounds, --threads, --device and --alone
+    are everybody's."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    everybodys = {"rounds": (rounds, "counted rounds, after one to warm up"), "threads": (0, "CPU threads; 0 = one a core"), "device": ("cpu", "cpu or cuda")}
+    for name, (default, help) in {**options, **everybodys}.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{help} (default %(default)s)")
+    parser.add_argument("--alone", action="store_true", help="run nobody else's code beside")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
 
 
 def build(shape, dtype=torch.float32, device="cpu", **changes):

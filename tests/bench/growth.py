@@ -7,22 +7,14 @@ import argparse
 
 import torch
 
-from common import alternate, build, end_after, report, spread
+from common import alternate, arguments, build, end_after, report, spread
 from step import our_step
 
 CASES = {"ordinary": {}, "twice the prompts": {"prompts": 32}, "twice the group": {"group": 16}, "twice the length": {"new": 128}}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="tiny")
-    parser.add_argument("--micro_tokens", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="0 = one a core")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = arguments(__doc__, 5, shape=("tiny", "of the model"), micro_tokens=(2048, "tokens in a forward/backward pass"))
     contestants = {}
     for name, change in CASES.items():
         size = argparse.Namespace(**{**vars(args), "prompts": 16, "group": 8, "new": 64, **change})

@@ -4,26 +4,14 @@
 
 With transformers and trl installed, TRL's fused head does the same in turn with ours, and the ratio is printed.
 """
-import argparse
-
 import torch
 
-from common import alternate, as_transformers, build, ratio, report, spread
+from common import alternate, arguments, as_transformers, build, ratio, report, spread
 from model import token_logps
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0, help="0 = one a core")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--alone", action="store_true", help="do not run TRL beside")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = arguments(__doc__, 3, vocab=(151936, "words"), rows=(8, "sequences"), length=(512, "tokens of each"))
     model = build("tiny", vocab_size=args.vocab, device=args.device)
     tokens = torch.randint(0, args.vocab, (args.rows, args.length), device=args.device)
     theirs = None if args.alone else as_transformers(model)

@@ -5,28 +5,15 @@
 
 With transformers installed its `generate` does the same work in turn with ours, and the ratio is printed.
 """
-import argparse
-
 import torch
 
-from common import (END, SHAPES, alternate, as_transformers, build, copy_rate, end_after, matmul_rate, matrix_params,
+from common import (END, SHAPES, alternate, arguments, as_transformers, build, copy_rate, end_after, matmul_rate, matrix_params,
                     ratio, report, spread)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="tiny,medium", help=f"some of {', '.join(SHAPES)}")
-    parser.add_argument("--lengths", default="even,uneven", help="even: 128 new tokens each; uneven: geometric, mean 40, at most 256")
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="0 = one a core")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--alone", action="store_true", help="do not run transformers beside")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = arguments(__doc__, 5, shape=("tiny,medium", f"some of {', '.join(SHAPES)}"), prompts=(16, "prompts of 32 tokens"), group=(8, "samples of each"),
+                     lengths=("even,uneven", "even: 128 new tokens each; uneven: geometric, mean 40, at most 256"), dtype=("float32", "or bfloat16"))
     for shape in args.shape.split(","):
         for lengths in args.lengths.split(","):
             run(args, shape, lengths)

@@ -4,34 +4,22 @@
 
 With transformers and trl installed, TRL's GRPOTrainer does the same work in turn with ours, and the ratio is printed.
 """
-import argparse
 import copy
 import statistics
 import tempfile
 
 import torch
 
-from common import END, SHAPES, as_transformers, build, clock, end_after, peak, ratio, report, reset_peak, spread
+from common import END, SHAPES, arguments, as_transformers, build, clock, end_after, peak, ratio, report, reset_peak, spread
 import grpo
 
 LR, KL = 1e-6, 0.04
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="tiny", help=f"some of {', '.join(SHAPES)}")
-    parser.add_argument("--lengths", default="even,uneven", help="even: 64 new tokens each; uneven: geometric, mean 40, at most 256")
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--new", type=int, default=64, help="new tokens of the even case")
-    parser.add_argument("--micro_tokens", type=int, default=grpo.GRPOConfig.micro_tokens)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="0 = one a core")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--alone", action="store_true", help="do not run TRL beside")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = arguments(__doc__, 5, shape=("tiny", f"some of {', '.join(SHAPES)}"), prompts=(16, "prompts of 32 tokens"), group=(8, "samples of each"),
+                     lengths=("even,uneven", "even: --new tokens each; uneven: geometric, mean 40, at most 256"), new=(64, "new tokens of the even case"),
+                     micro_tokens=(grpo.GRPOConfig.micro_tokens, "tokens in a forward/backward pass"))
     for shape in args.shape.split(","):
         for lengths in args.lengths.split(","):
             run(args, shape, lengths)
