@@ -229,11 +229,13 @@ class Run:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=in_half(self.cfg.train.autocast, self.device))
 
     def say_memory(self):
-        """One line before anything is loaded: what RL with these settings will take, and what there is."""
+        """One line before anything is loaded: what RL with these settings will take, and what there is. A toy need not say it."""
         parts = memory_plan(self.cfg, self.prompt_len, self.device)
         need = sum(parts.values()) / 2**30
         have = (torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda"
                 else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2**30
+        if need < 1 and not self.cfg.train.init_from:
+            return
         print("memory, GiB: " + " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items()) + f" = about {need:.1f} of {have:.1f}")
         if need > have:
             print("that is more than there is: lower --micro_tokens or --prompts_per_step, or set --checkpointing=true, --ref_dtype=bfloat16 or --kl_coef=0")
