@@ -14,6 +14,7 @@ One step, top to bottom in this file: `rollout` samples and rewards, `group_adva
 what a completion is worth is the business of the `reward_fn` that train.py hands in.
 """
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -202,14 +203,15 @@ def grpo_step(model, ref, optimizers, batch, cfg, generator):
     floats, averaged over the whole step and not its last micro-batch."""
     adv = group_advantages(batch.rewards, cfg.adv_norm).flatten().to(batch.tokens.device)  # of all, before any is left out
     mask = batch.mask & ~batch.truncated[:, None] if cfg.mask_truncated else batch.mask
-    used = batch.mask.int() * torch.arange(2, batch.tokens.shape[1] + 1, device=mask.device)
-    lengths = used.amax(dim=1)  # of prompt + completion
-    N, n_steps, total = len(adv), 0, {}
+    ends = torch.arange(2, batch.tokens.shape[1] + 1, device=mask.device)  # entry t of the mask is token t + 1, so it ends a row of t + 2
+    lengths = (batch.mask.int() * ends).amax(dim=1)  # of prompt + completion, without padding
+    N, n_steps, total = len(adv), 0, Counter()  # a Counter's update adds
     logp_ref = torch.zeros_like(batch.logp_old) if ref is not None else None
 
     for epoch in range(cfg.inner_epochs):
         order = torch.randperm(N, generator=generator).to(mask.device)
         for minibatch in order.chunk(cfg.minibatches):
+            # Equation (5)'s averages are over all that this optimiser step learns from, so they are taken before it is cut into micro-batches.
             weights = torch.zeros_like(batch.logp_old, dtype=torch.float64)
             weights[minibatch] = token_weights(mask[minibatch], cfg)
             for rows in micro_batches(minibatch, lengths, cfg.micro_tokens):
@@ -223,10 +225,8 @@ def grpo_step(model, ref, optimizers, batch, cfg, generator):
                 loss, metrics = grpo_loss(logp, cut(batch.logp_old), cut(logp_ref) if ref is not None else None,
                                           adv[rows], cut(mask), cfg, cut(weights))
                 loss.backward()
-                for name, value in metrics.items():
-                    total[name] = total.get(name, 0.0) + value
+                total.update(metrics)
             grad_norm, skipped = apply_gradients(model, optimizers, cfg.max_grad_norm)
-            for name, value in (("grad_norm", grad_norm), ("skipped", skipped)):
-                total[name] = total.get(name, 0.0) + value
+            total.update(grad_norm=grad_norm, skipped=skipped)
             n_steps += 1
     return {name: value / n_steps for name, value in total.items()}

@@ -205,7 +205,6 @@ def test_written_answers_are_compared_exactly(target, text, right):
 def test_language_consistency_is_the_share_of_words_in_the_questions_script(thinking, share):
     for text in (f"<think>{thinking}</think><answer>这里不算</answer>", f"{thinking}</think><answer>no</answer>", thinking):
         assert language_consistency([PROBLEM], [text]) == [pytest.approx(share)]
-    assert language_consistency([Problem("file", "三加二是多少？", (), "5")], [f"<think>{thinking}</think>"])[0] <= (1 - share if share not in (0, 1) else 1)
 
 
 def test_a_chinese_question_wants_chinese_thinking():
