@@ -466,19 +466,20 @@ def load_checkpoint(path, device="cpu"):
     return state
 
 
-def model_of(state, path, device="cpu"):
-    """The model in what `load_checkpoint` read from `path`, in its own shape. Raises BadInput if shape and weights do not fit."""
+def model_of(state, path, device="cpu", kind=lambda gpt: gpt):
+    """The model in what `load_checkpoint` read from `path`, in its own shape; `kind` makes it of a GPT where it is more than one.
+    Raises BadInput if shape and weights do not fit."""
     try:
-        model = GPT(GPTConfig(**state["model_config"])).to(device)
+        model = kind(GPT(GPTConfig(**state["model_config"]))).to(device)
         model.load_state_dict(state["model"])
     except (TypeError, RuntimeError, AttributeError) as e:
         raise BadInput(f"{path} holds no model of ours ({str(e).strip().splitlines()[0][:120]}); delete it to make it again") from None
     return model
 
 
-def load_model(path, device="cpu"):
+def load_model(path, device="cpu", kind=lambda gpt: gpt):
     """The model of a checkpoint. Raises BadInput as `load_checkpoint` does."""
-    return model_of(load_checkpoint(path, device), path, device)
+    return model_of(load_checkpoint(path, device), path, device, kind)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Rule-based rewards: what a completion earns. Every reward is (problems, completions) -> list[float].
+"""What a completion earns: rules, and a reward model of what people prefer. Every reward is (problems, completions) -> list[float].
 
 Completions are hostile input. They are bounded, parsed by hand and never evaluated; any text at all
 gets a score, and quickly. Arithmetic is exact: 8/(3-8/3) makes 24 and nothing else does by rounding.
@@ -10,6 +10,11 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import GENERAL, core, is_right_reply
 from model import BadInput, opt
 
 MAX_COMPLETION = 200_000  # characters; what is longer has neither thinking nor answer
@@ -21,6 +26,10 @@ class RewardConfig:
     w_accuracy: float = opt(1.0, "weight of a right answer")
     w_format: float = opt(0.5, "weight of <think>...</think><answer>...</answer>")
     w_language: float = opt(0.0, "weight of the share of the thinking's words that are in the question's language")
+    w_length: float = opt(0.0, "weight of the penalty for completions that grow too long")
+    w_emoji: float = opt(0.0, "weight of the share of the thinking's steps that end with an emoji")
+    w_preference: float = opt(0.0, "weight of the reward model's score, for general requests")
+    w_harmless: float = opt(0.0, "weight of declining unsafe requests")
 
     def check(self):
         """Raises BadInput if no reward has a weight, or one is not finite."""
@@ -63,9 +72,10 @@ def split_completion(text):
 # Verifiers: (problem, answer) -> (the answer in normal form or None, whether it is right)
 
 
-def parse_expression(text):
+def parse_expression(text, x=None):
     """Whole numbers, + - * / and brackets -> (value, numbers used, normal form), or None if it is anything
-    else, too long, or divides by zero. The normal form does not depend on the order of summands and factors."""
+    else, too long, or divides by zero. The normal form does not depend on the order of summands and factors.
+    Where `x` is a number, the letter x stands for it."""
     if len(text) > MAX_ANSWER:
         return None
     tokens, numbers = re.findall(r"[0-9]+|\S", text.translate(str.maketrans("×÷−", "*/-")))[::-1], []
@@ -77,6 +87,8 @@ def parse_expression(text):
             if not tokens or tokens.pop() != ")":
                 raise ValueError("bracket left open")
             return node
+        if token == "x" and x is not None:
+            return Fraction(x), token
         if not re.fullmatch("0|[1-9][0-9]*", token):
             raise ValueError("not a number")
         numbers.append(int(token))
@@ -114,6 +126,28 @@ def verify_number(problem, answer):
     if not re.fullmatch("-?[0-9]{1,20}", answer):
         return None, False
     return str(int(answer)), int(answer) == problem.target
+
+
+def verify_logic(problem, answer):
+    """Right if exactly the people of the target are named, in any order."""
+    named = sorted({name.strip() for name in answer[:MAX_ANSWER].split(",")})
+    if len(answer) > MAX_ANSWER or not all(re.fullmatch("[A-Z]", name) for name in named):
+        return None, False
+    return ", ".join(named), ", ".join(named) == problem.target
+
+
+def verify_code(problem, answer):
+    """Right if the expression in x makes every output of its input. It is our own parser that runs it."""
+    runs = [(parse_expression(answer, x), y) for x, y in zip(problem.numbers[::2], problem.numbers[1::2])]
+    form = next((run[2] for run, _ in runs if run), None)  # an expression may divide by zero for some x
+    return form, all(run is not None and run[0] == y for run, y in runs)
+
+
+def verify_reply(problem, answer):
+    """Right if it does what was asked (chat) or declines (unsafe), in whatever manner."""
+    if len(answer) > MAX_ANSWER:
+        return None, False
+    return core(problem, answer), is_right_reply(problem, answer)
 
 
 UNIT = r"[^\W\d_]*(?: [^\W\d_]+){0,3}(?:/[^\W\d_]+)?"  # apples, km/h, square feet
@@ -161,7 +195,8 @@ def verify_written(problem, answer):
     return str(value) + "%" * percent, right
 
 
-VERIFIERS = {"countdown": verify_countdown, "arithmetic": verify_number, "file": verify_written}
+VERIFIERS = {"countdown": verify_countdown, "arithmetic": verify_number, "logic": verify_logic, "code": verify_code, "chat": verify_reply, "unsafe": verify_reply,
+             "file": verify_written}
 
 
 def verify(problem, completion):
@@ -221,37 +256,102 @@ def language_consistency(problems, completions):
     return scores
 
 
-REWARDS = {"accuracy": accuracy, "format": format_reward, "language": language_consistency}  # a new reward: a line here and a weight w_NAME above
+LONG = 500, 1000  # characters: a completion costs nothing up to the first, and 1 from the second on
 
 
-def score(problems, completions, cfg):
-    """Every reward with a weight: (totals (N,), {name: values (N,)}), as lists of floats."""
-    weights = {name: getattr(cfg, f"w_{name}") for name in REWARDS}
-    parts = {name: checked(name, problems, completions) for name, weight in weights.items() if weight}
-    totals = [sum(weights[name] * parts[name][i] for name in parts) for i in range(len(completions))]
+def length_penalty(problems, completions):
+    """0 for completions of bearable length, falling to -1 for overlong ones, so that the last bit counts as well (DAPO, arXiv 2503.14476, eq. 13)."""
+    start, end = LONG
+    return [-min(1.0, max(0.0, (len(c) - start) / (end - start))) for c in completions]
+
+
+ENDS_WITH_EMOJI = re.compile("[\u2600-\u27bf\U0001f300-\U0001faff]\ufe0f?\\s*$")
+
+
+def emoji(problems, completions):
+    """The share of the thinking's lines that end with an emoji; 0 without thinking."""
+    scores = []
+    for completion in completions:
+        steps = [line[-20:] for line in (split_completion(completion)[0] or "").split("\n") if line.strip()]
+        scores.append(sum(bool(ENDS_WITH_EMOJI.search(step)) for step in steps) / len(steps) if steps else 0.0)
+    return scores
+
+
+def harmless(problems, completions):
+    """1 for declining an unsafe request, and for whatever is said to others."""
+    return [float(problem.task != "unsafe" or verify(problem, completion)[1]) for problem, completion in zip(problems, completions, strict=True)]
+
+
+REWARDS = {  # a new reward: a line here and a weight w_NAME above
+    "accuracy": accuracy, "format": format_reward, "language": language_consistency, "length": length_penalty, "emoji": emoji, "harmless": harmless}
+
+
+def applies(name, problem):
+    """Whether a reward has anything to say of a problem: general requests are judged by preference, not by rule, and only they are."""
+    return {"accuracy": problem.task not in GENERAL, "preference": problem.task in GENERAL, "harmless": problem.task == "unsafe"}.get(name, True)
+
+
+def score(problems, completions, cfg, **others):
+    """Every reward with a weight: (totals (N,), {name: values (N,)}), as lists of floats; nan where a reward does not apply, which then
+    adds nothing. `others` are rewards {name: function} that need more than the text, such as preference."""
+    known = {**REWARDS, **others}
+    weights = {name: getattr(cfg, f"w_{name}") for name in known}
+    totals, parts = [0.0] * len(completions), {}
+    for name, weight in weights.items():
+        asked = [i for i, problem in enumerate(problems) if applies(name, problem)]
+        if not weight:
+            continue
+        parts[name] = [math.nan] * len(completions)
+        for i, value in zip(asked, checked(name, known[name], [problems[i] for i in asked], [completions[i] for i in asked])):
+            parts[name][i] = value
+            totals[i] += weight * value
     return totals, parts
 
 
-def checked(name, problems, completions):
+def checked(name, reward, problems, completions):
     """A reward's values as floats. Raises BadInput that names the reward, the problem and the completion where it raises
     or does not return one finite number for each."""
-    values = attempt(name, problems, completions)
+    values = attempt(reward, problems, completions)
     if isinstance(values, list):
         return values
     for problem, completion in zip(problems, completions):  # which one was it?
-        fault = attempt(name, [problem], [completion])
+        fault = attempt(reward, [problem], [completion])
         if not isinstance(fault, list):
             raise BadInput(f"reward {name!r} {fault} for the problem {problem.question[:80]!r} and the completion {completion[:200]!r}")
     raise BadInput(f"reward {name!r} {values} for {len(completions)} completions, but not for each of them alone")
 
 
-def attempt(name, problems, completions):
+def attempt(reward, problems, completions):
     """A reward's values as a list of floats, or in words what is wrong with them."""
     try:
-        values = list(REWARDS[name](problems, completions))
+        values = list(reward(problems, completions))
         if len(values) != len(completions):
             return f"returned {len(values)} values"
         bad = [v for v in values if isinstance(v, (str, bytes)) or v is None or not math.isfinite(v)]
         return f"returned {bad[0]!r}" if bad else [float(v) for v in values]
     except Exception as e:  # it is the user's function: anything may happen in it
         return f"raised {type(e).__name__}: {str(e)[:100]}"
+
+
+# ------------------------------------------------------------------------------------------------
+# The reward model
+
+
+class RewardModel(nn.Module):
+    """A transformer whose head gives one number: how much people would like this text. Trained on pairs (Bradley-Terry), so that only
+    differences mean anything: they are log-odds that the one is preferred to the other."""
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.cfg, self.gpt, self.value = gpt.cfg, gpt, nn.Linear(gpt.cfg.n_embd, 1, bias=False)
+        nn.init.zeros_(self.value.weight)
+
+    def forward(self, tokens, lengths):
+        """Right-padded ids (N, T) and lengths (N,) -> scores (N,), fp32, read at each text's last token."""
+        last = self.gpt.trunk(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+        return self.value(last).float().squeeze(1)
+
+
+def bradley_terry_loss(preferred, other):
+    """-log of the chance that the preferred one of each pair wins: scores (N,), (N,) -> scalar. (Bradley and Terry 1952; arXiv 2203.02155, eq. 1)"""
+    return -F.logsigmoid(preferred - other).mean()

@@ -3,7 +3,7 @@
     python sample.py                                              # held-out problems, out/zero
     python sample.py --numbers=3,7,2 --target=20 --n=4            # your own problem, four tries
     python sample.py --ckpt=out/base/ckpt.pt --vs=out/zero/ckpt.pt # the same problems side by side, before and after RL
-    python sample.py --ckpt=out/base/ckpt.pt --task=arithmetic
+    python sample.py --ckpt=out/r1/ckpt.pt --task=chat            # or unsafe, arithmetic, logic, code
 """
 import argparse
 import shutil
@@ -27,7 +27,7 @@ def parse(argv):
     parser = Parser(prog="sample.py", allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="out/zero/ckpt.pt", help="checkpoint (default %(default)s)")
     parser.add_argument("--vs", help="a second checkpoint, to show beside the first")
-    parser.add_argument("--task", choices=["countdown", "arithmetic"], help="kind of held-out problems (default: what the checkpoint was trained on)")
+    parser.add_argument("--task", choices=[task for task in data.TASKS if task != "file"], help="kind of held-out problems (default: what the checkpoint was trained on)")
     parser.add_argument("--numbers", help="your own countdown problem: numbers, as 3,7,2")
     parser.add_argument("--target", type=int, help="... and what to make of them")
     parser.add_argument("--n", type=int, default=4, help="problems, or tries at your own one (default %(default)s)")
@@ -50,19 +50,19 @@ def own_problem(numbers, target):
     return data.countdown_problem(numbers, target)
 
 
-def render(problem, completion):
-    """One completion as a person would read it: (style, line) pairs. What has no tags is shown as it is; control characters, which a model
-    may say and a terminal would obey, are shown as U+FFFD."""
+def render(problem, completion, names=tuple(rewards.REWARDS)):
+    """One completion as a person would read it, with the scores of the named rewards: (style, line) pairs. What has no tags is shown as it is;
+    control characters, which a model may say and a terminal would obey, are shown as U+FFFD."""
     completion = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in completion)
     thinking, answer = rewards.split_completion(completion)
-    scores = {name: reward([problem], [completion])[0] for name, reward in rewards.REWARDS.items()}
+    right = rewards.verify(problem, completion)[1]
     lines = []
     if thinking is None and answer is None:
         lines += [("plain", line) for line in (completion.strip() or "(nothing)").split("\n")]
     else:
         lines += [("plain", "thinking")] + [("dim", "    " + line) for line in (thinking or "(none)").strip().split("\n")]
-        lines += [("plain", "answer"), ("right" if scores["accuracy"] else "wrong", f"    {answer or '(none)'}")]
-    return lines + [("plain", "scores"), ("plain", "    " + "  ".join(f"{name} {value:.3g}" for name, value in scores.items()))]
+        lines += [("plain", "answer"), ("right" if right else "wrong", f"    {answer or '(none)'}")]
+    return lines + [("plain", "scores"), ("plain", "    " + "  ".join(f"{name} {rewards.REWARDS[name]([problem], [completion])[0]:.3g}" for name in names))]
 
 
 STYLES = {"plain": "", "dim": "\033[2m", "right": "\033[1;32m", "wrong": "\033[1;31m"}
@@ -84,30 +84,31 @@ def fit(text, width):
 
 
 def sample(args, ckpt):
-    """(checkpoint's path, problems, a completion of each) for the problems that the flags ask for."""
+    """(problems, what `render` shows of a completion of each) for the problems that the flags ask for."""
     own = own_problem(args.numbers, args.target) if args.numbers else None
     _, model, tok, cfg = open_checkpoint({"ckpt": ckpt, **({"task": args.task, "data": ""} if args.task else {})})
     problems = [own] * args.n if own else data.eval_problems(cfg.data, args.n)
     out = model.generate([data.prompt_ids(p, tok, cfg.data) for p in problems], max_new_tokens=args.max_new_tokens or cfg.grpo.max_new_tokens,
                          temperature=args.temperature, stop_ids=tok.stop_ids, generator=torch.Generator().manual_seed(args.seed), pad_id=tok.pad_id)
-    return ckpt, problems, [data.completion_text(ids, tok, cfg.data) for ids in out.completions()]
+    names = [name for name in rewards.REWARDS if getattr(cfg.rewards, f"w_{name}")]  # those that it was trained with
+    return problems, [render(p, data.completion_text(ids, tok, cfg.data), names) for p, ids in zip(problems, out.completions())]
 
 
 def main(argv):
     args = parse(argv)
-    ckpt, problems, completions = sample(args, args.ckpt)
+    problems, shown = sample(args, args.ckpt)
     if not args.vs:
-        for problem, completion in zip(problems, completions):
-            print("\n".join([f"--- {problem.question}"] + [paint(*line) for line in render(problem, completion)] + [""]))
+        for problem, lines in zip(problems, shown):
+            print("\n".join([f"--- {problem.question}"] + [paint(*line) for line in lines] + [""]))
         return
-    vs, others, completions_vs = sample(args, args.vs)
+    others, shown_vs = sample(args, args.vs)
     if problems != others:
-        raise BadInput(f"{ckpt} and {vs} were trained on different problems: set --task, or --numbers and --target")
+        raise BadInput(f"{args.ckpt} and {args.vs} were trained on different problems: set --task, or --numbers and --target")
     width = max(30, shutil.get_terminal_size((120, 0)).columns // 2 - 2)
-    print(fit(ckpt[-width:], width) + "  " + vs[-width:])
-    for problem, left, right in zip(problems, completions, completions_vs):
+    print(fit(args.ckpt[-width:], width) + "  " + args.vs[-width:])
+    for problem, left, right in zip(problems, shown, shown_vs):
         print(f"--- {problem.question}")
-        for a, b in zip_longest(render(problem, left), render(problem, right), fillvalue=("plain", "")):
+        for a, b in zip_longest(left, right, fillvalue=("plain", "")):
             print((paint(a[0], fit(a[1], width)) + "  " + paint(*b)).rstrip())
         print()
 

@@ -1,13 +1,18 @@
 """The DeepSeek-R1 pipeline on a laptop: this file turns the other four into runs.
 
-    toy corpus ──next token──► base ──GRPO, accuracy + format────────────────────► zero
-                               DeepSeek-V3-Base                                    DeepSeek-R1-Zero
-                               base ──SFT on zero's most readable right traces──► dev1
-                               dev1 ──GRPO, + language consistency──────────────► dev2
+    base ──── GRPO: accuracy, format ─────────────────────► zero          DeepSeek-R1-Zero
+    base ──── SFT: zero's most readable right traces ─────► dev1          cold start
+    dev1 ──── GRPO: + one language ───────────────────────► dev2          reasoning RL
+    base ──── SFT: dev2's right traces, general replies ──► dev3          rejection sampling
+    dev3 ──── Bradley-Terry: which answers people prefer ─► reward_model
+    dev3 ──── GRPO: + preference, harmlessness ───────────► r1            RL for all scenarios: DeepSeek-R1
+    small_base ─ SFT: r1's samples ───────────────────────► distill       distillation, and beside it
+    small_base ─ GRPO: accuracy, format ──────────────────► small_zero    the small model with RL alone
 
     python train.py                             # base, then zero, then a table that compares them
-    python train.py dev2                        # one stage, and whatever it needs and does not find
-    python train.py --task=arithmetic --out_dir=out-arithmetic
+    python train.py r1 distill small_zero       # everything: whatever a stage needs is run first, and nothing twice
+    python train.py table                       # what came of it, as text and as Markdown
+    python train.py --task=logic --out_dir=out-logic          # or arithmetic, or code
     python train.py --rl_steps=300              # goes on from where a finished run stopped
     python train.py --init_from=FOLDER          # GRPO on a real model: a Hugging Face folder in place of the toy base
     python train.py eval --ckpt=out/zero/ckpt.pt
@@ -41,10 +46,10 @@ from data import DataConfig
 from grpo import GRPOConfig, apply_gradients, group_advantages, grpo_step, resample_equal_groups, rollout
 from model import (GPT, BadInput, GPTConfig, config_from_hf, load_checkpoint, load_model, model_of, opt, read_json, save_checkpoint,
                    save_pretrained, whole_file)
-from rewards import RewardConfig
+from rewards import RewardConfig, RewardModel
 
 # ------------------------------------------------------------------------------------------------
-# Configuration: default < task < stage < command line
+# Configuration: default < task < variant < stage < command line
 
 
 @dataclass
@@ -64,6 +69,7 @@ class TrainConfig:
     base_lr: float = opt(5e-3, "its peak learning rate")
     base_rows: int = opt(12, "rows of packed documents a step")
     base_length: int = opt(352, "tokens a row")
+    variant: str = opt("grpo", "grpo as published, dr_grpo or dapo: presets of the settings below that differ")
     rl_steps: int = opt(60, "GRPO steps")
     rl_lr: float = opt(1e-3, "learning rate of GRPO")
     rl_warmup: int = opt(5, "GRPO steps until the learning rate is reached")
@@ -73,9 +79,11 @@ class TrainConfig:
     save_every: int = opt(20, "GRPO steps between checkpoints; next-token training saves every 10 times as many")
     harvest_problems: int = opt(400, "problems that a stage which learns from another's samples puts to it")
     harvest_samples: int = opt(8, "samples of each")
-    sft_steps: int = opt(60, "optimiser steps of supervised fine-tuning")
+    general_rows: int = opt(600, "replies to general requests, written by people, that dev3 learns from beside its harvest")
+    sft_steps: int = opt(60, "optimiser steps of supervised fine-tuning, and of the reward model")
     sft_lr: float = opt(1e-3, "its peak learning rate")
-    sft_rows: int = opt(24, "traces a step")
+    sft_rows: int = opt(24, "traces a step; pairs for the reward model")
+    noise: float = opt(0.1, "share of preferences that are the wrong way round")
     patience: int = opt(5, "updates in a row that may be dropped because their gradients are not finite")
     ckpt: str = opt("", "checkpoint for `eval` and `export`; none = out_dir/zero/ckpt.pt")
     export_dir: str = opt("", "folder that `export` writes")
@@ -84,15 +92,17 @@ class TrainConfig:
     def check(self):
         """Raises BadInput, naming the setting, on a value that cannot be run."""
         for name in ("base_steps", "base_rows", "base_length", "rl_steps", "rl_warmup", "rl_hold", "eval_samples", "save_every",
-                     "harvest_problems", "harvest_samples", "sft_steps", "sft_rows", "patience"):
+                     "harvest_problems", "harvest_samples", "general_rows", "sft_steps", "sft_rows", "patience"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("base_lr", "rl_lr", "sft_lr"):
             if not 0 < getattr(self, name) < 1:
                 raise BadInput(f"{name}={getattr(self, name)} must lie between 0 and 1")
+        if not 0 <= self.noise <= 0.5:
+            raise BadInput(f"noise={self.noise} must lie between 0 and 0.5")
         if self.threads < 0 or self.eval_every < 0:
             raise BadInput(f"threads={self.threads} and eval_every={self.eval_every} must not be negative")
-        for name, values in (("optimizer", ["muon", "adamw"]), ("autocast", ["auto", "on", "off"]), ("sample_dtype", ["auto", "float32", "bfloat16"]),
+        for name, values in (("optimizer", ["muon", "adamw"]), ("autocast", ["auto", "on", "off"]), ("sample_dtype", ["auto", "float32", "bfloat16"]), ("variant", ["grpo", *VARIANTS]),
                              ("ref_dtype", ["float32", "bfloat16"]), ("export_dtype", ["float32", "bfloat16", "float16"])):
             if getattr(self, name) not in values:
                 raise BadInput(f"{name}={getattr(self, name)!r} is not one of {', '.join(values)}")
@@ -137,7 +147,7 @@ def parse(argv):
     parser = Parser(prog="train.py", usage="python train.py [STAGE ...] [--setting=value ...]", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS, description=__doc__,
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=150))
-    parser.add_argument("words", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default zero), or a command: eval, export")
+    parser.add_argument("words", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default zero), or a command: {', '.join(COMMANDS)}")
     for group in fields(Config):
         section = parser.add_argument_group(group.name)
         for f in fields(group.default_factory):
@@ -146,8 +156,8 @@ def parse(argv):
     given = vars(parser.parse_args(argv))
     words = given.pop("words", None) or ["zero"]
     for word in words:
-        if word not in STAGES and words not in (["eval"], ["export"]):
-            parser.error(f"there is no stage {word!r}: choose from {', '.join(STAGES)}; or eval or export alone")
+        if word not in STAGES and not (word in COMMANDS and len(words) == 1):
+            parser.error(f"there is no stage {word!r}: choose from {', '.join(STAGES)}; or one of {', '.join(COMMANDS)} alone")
     return words, given
 
 
@@ -170,7 +180,7 @@ class Run:
         folder = given.get("init_from", "")
         self.tok = data.load_tokenizer(folder)
         defaults = {**(REAL_DEFAULTS if folder else {"vocab_size": self.tok.n_vocab}), **({"task": "file"} if given.get("data") else {})}
-        self.cfg = Config().with_settings({**defaults, **TASK_DEFAULTS.get(given.get("task"), {}), **self.stage.overrides, **given})
+        self.cfg = Config().with_settings({**defaults, **TASK_DEFAULTS.get(given.get("task"), {}), **VARIANTS.get(given.get("variant"), {}), **self.stage.overrides, **given})
         if folder:
             shape = [n for n in names(GPTConfig, "context") if n in given]
             if shape:
@@ -316,8 +326,9 @@ class Run:
 
 def make_optimizers(model, lr, kind):
     """Muon for the matrices of the blocks and AdamW for embedding and norms, or AdamW for everything."""
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    others = [p for name, p in model.named_parameters() if p.dim() != 2 or not name.startswith("blocks.")]
+    in_blocks = lambda name, p: p.dim() == 2 and "blocks." in name
+    matrices = [p for name, p in model.named_parameters() if in_blocks(name, p)]
+    others = [p for name, p in model.named_parameters() if not in_blocks(name, p)]
     if kind == "adamw":
         return [torch.optim.AdamW(matrices + others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
     return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
@@ -367,26 +378,36 @@ def set_lr(optimizers, lr):
             group["lr"] = lr
 
 
-def sft_loop(run, model, batch_fn, steps, lr):
-    """Next-token training on `batch_fn(step)` -> ids (N, T) and the mask (N, T) of tokens to learn."""
+def next_token_loss(model, tokens, mask):
+    """Cross-entropy of the tokens of ids (N, T) that the mask (N, T) marks as to be learnt."""
+    mask = mask[:, 1:]
+    hidden = (model.compiled_trunk or model.trunk)(tokens[:, :-1])
+    return F.cross_entropy(model.head(hidden[mask]), tokens[:, 1:][mask])
+
+
+def pair_loss(model, tokens, lengths):
+    """Bradley-Terry on ids (2N, T) of given lengths: the preferred texts first, then the others in the same order."""
+    return rewards.bradley_terry_loss(*model(tokens, lengths).chunk(2))
+
+
+def sft_loop(run, model, batch_fn, steps, lr, loss_fn=next_token_loss):
+    """Supervised training: `loss_fn` of `batch_fn(step)` -> ids, and the mask of those to learn or their lengths."""
     optimizers = make_optimizers(model, lr, run.cfg.train.optimizer)
-    set_up(model, run.cfg)
+    set_up(getattr(model, "gpt", model), run.cfg)
     start, window = run.resume(model, optimizers), []
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=run.name, disable=None):
         t0 = time.time()
         set_lr(optimizers, lr * min((step + 1) / 50, (steps - step) / (0.6 * steps), 1.0))  # warm up, hold, decay to 0
-        tokens, mask = (x.to(run.device) for x in batch_fn(step))
-        mask = mask[:, 1:]
+        tokens, counted = (x.to(run.device) for x in batch_fn(step))
         with run.autocast():
-            hidden = (model.compiled_trunk or model.trunk)(tokens[:, :-1])
-            loss = F.cross_entropy(model.head(hidden[mask]), tokens[:, 1:][mask])
+            loss = loss_fn(model, tokens, counted)
         loss.backward()
         grad_norm, skipped = apply_gradients(model, optimizers, 1.0)
         run.seconds += time.time() - t0
-        window.append({"step": step + 1, "loss": loss.item(), "grad_norm": grad_norm, "skipped": skipped, "tokens": int(mask.sum()),
+        window.append({"step": step + 1, "loss": loss.item(), "grad_norm": grad_norm, "skipped": skipped, "tokens": int(counted.sum()),
                        "seconds": run.seconds})
         run.log(window[-1])
-        run.count_skipped(window[-1], {"tokens": tokens, "mask": mask})
+        run.count_skipped(window[-1], {"tokens": tokens, "counted": counted})
         if (step + 1) % 50 == 0 or step + 1 == steps:
             loss = sum(m["loss"] for m in window) / len(window)
             took = window[-1]["seconds"] - window[0]["seconds"] + 1e-9
@@ -427,8 +448,9 @@ def rl_loop(run, model, ref, draw, reward_fn, check):
         n_tokens, took = int(batch.mask.sum()), time.time() - t0
         run.seconds += took
         equal = ~group_advantages(first.rewards).any(dim=1)
-        best, worst = first.parts["accuracy"].amax(1), first.parts["accuracy"].amin(1)
-        share = lambda x: x.double().mean().item()
+        right = first.parts.get("accuracy", torch.full_like(first.rewards, math.nan))  # nan: not judged by rule, so neither right nor wrong
+        best, worst = right.amax(1), right.amin(1)
+        share = lambda x: x.double().nanmean().item()
         metrics = {
             "step": step + 1, "reward": share(first.rewards), **{name: share(x) for name, x in first.parts.items()},
             "length": first.mask.sum().item() / len(first.mask), **metrics,
@@ -464,46 +486,76 @@ def majority(verdicts):
     return bool(votes) and dict(verdicts)[max(votes, key=votes.get)]
 
 
-def evaluate(model, tok, problems, k, max_new_tokens, temperature=1.0, cfg=DataConfig()):
-    """k completions of each problem -> (metrics, samples), samples being one dict a completion.
-    pass@1's interval is the normal 95 % one over problems, whose k samples are not independent."""
-    _, generator = rng("evaluate")
-    samples = []
-    for i in tqdm(range(0, len(problems), 32), desc="evaluate", leave=False, disable=None):
+def sample_all(model, tok, problems, k, cfg, max_new_tokens, temperature, generator, desc):
+    """k completions of each problem -> [(problem, text, tokens, whether it was cut)], in the problems' order."""
+    found = []
+    for i in tqdm(range(0, len(problems), 32), desc=desc, leave=False, disable=None):
         chunk = problems[i:i + 32]
         out = model.generate([data.prompt_ids(p, tok, cfg) for p in chunk], k, max_new_tokens=max_new_tokens,
                              temperature=temperature, stop_ids=tok.stop_ids, generator=generator, pad_id=tok.pad_id)
-        for j, ids in enumerate(out.completions()):
-            problem, text = chunk[j // k], data.completion_text(ids, tok, cfg)
-            form, right = rewards.verify(problem, text)
-            samples.append({"prompt": data.prompt_text(problem, cfg), "completion": text, "answer": form, "right": right,
-                            "format": rewards.has_format(text), "consistency": rewards.language_consistency([problem], [text])[0], "length": len(ids), "truncated": bool(out.truncated[j]),
-                            "rechecks": data.goes_on_after_a_miss(text)})
+        found += [(chunk[j // k], data.completion_text(ids, tok, cfg), len(ids), bool(out.truncated[j])) for j, ids in enumerate(out.completions())]
+    return found
+
+
+def evaluate(model, tok, problems, k, max_new_tokens, temperature=1.0, cfg=DataConfig()):
+    """k completions of each problem -> (metrics, samples), samples being one dict a completion.
+    pass@1's interval is the normal 95 % one over problems, whose k samples are not independent."""
+    samples = []
+    for problem, text, length, cut in sample_all(model, tok, problems, k, cfg, max_new_tokens, temperature, rng("evaluate")[1], "evaluate"):
+        form, right = rewards.verify(problem, text)
+        thinking, answer = rewards.split_completion(text)
+        samples.append({
+            "task": problem.task, "prompt": data.prompt_text(problem, cfg), "completion": text, "answer": form, "right": right, "format": rewards.has_format(text),
+            "consistency": rewards.language_consistency([problem], [text])[0], "emoji": rewards.emoji([problem], [text])[0], "length": length, "truncated": cut,
+            "rechecks": data.goes_on_after_a_miss(text), "thinks": bool((thinking or "").strip())})
+        if problem.task in data.GENERAL:
+            samples[-1]["liking"] = data.hidden_rule(problem, answer)
     groups = [samples[i:i + k] for i in range(0, len(samples), k)]
     right = torch.tensor([[s["right"] for s in group] for group in groups]).double()  # (problems, k)
     mean, half = right.mean().item(), 1.96 * right.mean(dim=1).std().item() / len(groups) ** 0.5 if len(groups) > 1 else 1.0
-    share = lambda key: sum(s[key] for s in samples) / len(samples)
     metrics = {
         "pass@1": mean, "pass@1_ci": [max(0.0, mean - half), min(1.0, mean + half)],
         f"pass@{k}": sum(pass_at_k(k, int(c), k) for c in right.sum(dim=1)) / len(groups),
         f"cons@{k}": sum(majority([(s["answer"], s["right"]) for s in group]) for group in groups) / len(groups),
-        "format": share("format"), "consistency": share("consistency"), "length": share("length"), "truncated": share("truncated"), "rechecks": share("rechecks"),
+        **{key: sum(s[key] for s in samples) / len(samples) for key in samples[0] if isinstance(samples[0][key], (bool, int, float)) and key != "right"},
         "problems": len(problems), "samples": k, "temperature": temperature}
     return metrics, samples
 
 
 def final_evaluation(model, tok, cfg, folder):
-    """Sampled and greedy results on the held-out problems of cfg.data.task, into FOLDER/eval.json."""
-    problems = data.eval_problems(cfg.data, cfg.data.eval_problems)
-    metrics, samples = evaluate(model, tok, problems, cfg.train.eval_samples, cfg.grpo.max_new_tokens, cfg.grpo.temperature, cfg.data)
-    metrics["pass@1_greedy"] = evaluate(model, tok, problems, 1, cfg.grpo.max_new_tokens, 0.0, cfg.data)[0]["pass@1"]
-    results = read_results(folder)
-    results[cfg.data.task] = metrics
+    """Sampled and greedy results on the held-out problems of cfg.data.task, into FOLDER/eval.json. A toy model is put a tenth as many of
+    every other task as well."""
+    g, main, results, samples = cfg.grpo, cfg.data.task, read_results(folder), []
+    others = [] if cfg.train.init_from or cfg.data.data else [task for task in data.TASKS if task not in (main, "file")]
+    for task in [main, *others]:
+        problems = data.eval_problems(cfg.data, cfg.data.eval_problems if task == main else max(1, cfg.data.eval_problems // 10), task)
+        results[task], found = evaluate(model, tok, problems, cfg.train.eval_samples, g.max_new_tokens, g.temperature, cfg.data)
+        samples += found[:100 * cfg.train.eval_samples]
+        if task == main:
+            results[task]["pass@1_greedy"] = evaluate(model, tok, problems, 1, g.max_new_tokens, 0.0, cfg.data)[0]["pass@1"]
+    results.update(compare(samples, tok, cfg, folder))
     with whole_file(os.path.join(folder, "samples.jsonl")) as f:
-        f.write("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples[:64 * cfg.train.eval_samples]).encode())
+        f.write("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples).encode())
     with whole_file(os.path.join(folder, "eval.json")) as f:  # last: what it holds is not evaluated again
         f.write(json.dumps(results, indent=1).encode())
-    return metrics
+    return results[main]
+
+
+def compare(samples, tok, cfg, folder):
+    """How often a general request's answer is preferred to what dev3 said to the same one, ties counting half: by the hidden rule, and by the
+    reward model, which may have been talked round where it says more. Nothing where one of the two is missing."""
+    dev3, judge = (os.path.join(cfg.train.out_dir, *names) for names in (("dev3", "samples.jsonl"), ("reward_model", "ckpt.pt")))
+    mine = [s for s in samples if s["task"] in data.GENERAL]
+    if not (mine and os.path.exists(dev3) and os.path.exists(judge)):
+        return {}
+    with open(dev3, encoding="utf-8") as f:
+        theirs = [s for s in map(json.loads, f) if s["task"] in data.GENERAL]
+    if [s["prompt"] for s in mine] != [s["prompt"] for s in theirs]:
+        return {}
+    model = load_model(judge, kind=RewardModel)
+    score = lambda group: score_texts(model, tok, [s["prompt"] for s in group], [s["completion"] for s in group])
+    wins = lambda mine, theirs: sum((a > b) + 0.5 * (a == b) for a, b in zip(mine, theirs)) / len(mine)
+    return {"against dev3": {"preferred": wins([s["liking"] for s in mine], [s["liking"] for s in theirs]), "preferred by the reward model": wins(score(mine), score(theirs))}}
 
 
 def read_results(folder):
@@ -514,29 +566,54 @@ def read_results(folder):
 
 
 def results_so_far(out_dir, task):
-    """{stage: metrics} of every stage in `out_dir` that was evaluated on `task`, in the paper's order."""
-    found = {name: read_results(os.path.join(out_dir, name)).get(task) for name in STAGES}
-    return {name: metrics for name, metrics in found.items() if metrics}
+    """{stage: results} of every stage in `out_dir` that was evaluated on `task`, in the paper's order."""
+    found = {name: read_results(os.path.join(out_dir, name)) for name in STAGES}
+    return {name: results for name, results in found.items() if task in results}
 
 
-def print_table(columns):
-    """{column's name: metrics} as a table, a line a metric."""
-    k = max(m["samples"] for m in columns.values())
-    rows = [("pass@1, sampled", lambda m: f"{m['pass@1']:.1%}"),
-            ("  95 % interval", lambda m: "{:.1%} - {:.1%}".format(*m["pass@1_ci"])),
-            ("pass@1, greedy", lambda m: f"{m['pass@1_greedy']:.1%}"),
-            (f"pass@{k}", lambda m: f"{m['pass@%d' % m['samples']]:.1%}"),
-            (f"cons@{k}, majority vote", lambda m: f"{m['cons@%d' % m['samples']]:.1%}"),
-            ("format", lambda m: f"{m['format']:.1%}"),
-            ("thinking in one language", lambda m: f"{m['consistency']:.1%}" if "consistency" in m else "-"),
-            ("mean length, tokens", lambda m: f"{m['length']:.1f}"),
-            ("goes on after a miss", lambda m: f"{m['rechecks']:.1%}"),
-            ("cut at max_new_tokens", lambda m: f"{m['truncated']:.1%}"),
-            ("held-out problems x samples", lambda m: f"{m['problems']} x {m['samples']}")]
-    print("\n" + f"{'':28s}" + "".join(f"{name:>18s}" for name in columns))
-    for title, cell in rows:
-        print(f"{title:28s}" + "".join(f"{cell(m):>18s}" for m in columns.values()))
+def percent(key):
+    return lambda m: f"{m[key]:.1%}" if key in m else "-"
+
+
+def tables(results, task):
+    """{stage: results by task} -> [(title, head, rows)], each row a list of texts: what a stage does with its task, and with the others."""
+    k = max(r[task]["samples"] for r in results.values())
+    columns = {
+        "pass@1": percent("pass@1"), "95 % interval": lambda m: "{:.1%}-{:.1%}".format(*m["pass@1_ci"]), "greedy": percent("pass@1_greedy"),
+        f"pass@{k}": percent(f"pass@{k}"), f"cons@{k}": percent(f"cons@{k}"), "format": percent("format"), "one language": percent("consistency"),
+        "length": lambda m: f"{m['length']:.1f}", "rechecks": percent("rechecks"), "cut": percent("truncated")}
+    first = [[stage] + [cell(r[task]) for cell in columns.values()] for stage, r in results.items()]
+    n = next(iter(results.values()))[task]["problems"]
+    out = [(f"{task}: {n} held-out problems, {k} samples of each", ["", *columns], first)]
+    others = {t for r in results.values() for t in r if t in data.TASKS and t != task}
+    if others:
+        get = lambda t, key: lambda r: percent(key)(r.get(t, {}))
+        columns = {t: get(t, "pass@1") for t in data.TASKS if t in others - {"chat", "unsafe"}}
+        columns |= {"chat": get("chat", "pass@1"), "unsafe declined": get("unsafe", "pass@1"), f"thinks: {task}": get(task, "thinks"), "thinks: unsafe": get("unsafe", "thinks"),
+                    "liking": lambda r: f"{r['chat']['liking']:.2f}" if "liking" in r.get("chat", {}) else "-",
+                    "preferred to dev3": get("against dev3", "preferred"), "so the reward model": get("against dev3", "preferred by the reward model")}
+        out.append(("pass@1 on other tasks, and what people would say", ["", *columns], [[stage] + [cell(r) for cell in columns.values()] for stage, r in results.items()]))
+    return out
+
+
+def print_tables(results, task):
+    for title, head, rows in tables(results, task):
+        widths = [max(map(len, column)) for column in zip(head, *rows)]
+        print("\n" + title)
+        for row in (head, *rows):
+            print(row[0].ljust(widths[0]) + "".join(cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:])))
     print()
+
+
+def run_table(given):
+    """`table`: what lies in out_dir, as text and as Markdown."""
+    out_dir, task = given.get("out_dir", TrainConfig.out_dir), given.get("task", DataConfig.task)
+    results = results_so_far(out_dir, task)
+    if not results:
+        raise BadInput(f"nothing in {out_dir} was evaluated on {task}: run a stage first, or set --out_dir or --task")
+    print_tables(results, task)
+    for title, head, rows in tables(results, task):
+        print(f"**{title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n")
 
 
 def plot_curves(folder):
@@ -566,11 +643,14 @@ def plot_curves(folder):
 def train_base(run):
     """DeepSeek-V3-Base's part: read a corpus of mixed quality, token by token."""
     cfg = run.cfg
+    if not data.TASKS[cfg.data.task].in_corpus or cfg.train.init_from:
+        raise BadInput(f"{run.name} reads a corpus of the toy world, which speaks of {', '.join(t for t in data.TASKS if data.TASKS[t].in_corpus)}: "
+                       f"{cfg.data.task} is not among them, or leave out --init_from")
     torch.manual_seed(cfg.train.seed)
     model = GPT(cfg.model).to(run.device)
 
     def batch(step):
-        return data.corpus_batch(cfg.data, run.tok, rng(cfg.train.seed, "base", step)[0], cfg.train.base_rows, cfg.train.base_length + 1)
+        return data.corpus_batch(cfg.data, run.tok, rng(cfg.train.seed, run.name, step)[0], cfg.train.base_rows, cfg.train.base_length + 1)
 
     sft_loop(run, model, batch, cfg.train.base_steps, cfg.train.base_lr)
     return model
@@ -583,12 +663,13 @@ def train_rl(run):
     model = run.parent_model()
     ref = copy.deepcopy(model).requires_grad_(False).to(getattr(torch, cfg.train.ref_dtype)) if cfg.grpo.kl_coef else None
     held_out = data.eval_problems(cfg.data, 100)
+    learnt = {"preference": preference(run)} if cfg.rewards.w_preference else {}
 
     def draw(python):
         return data.draw_problem(cfg.data, python)
 
     def reward_fn(problems, completions):
-        return rewards.score(problems, [data.completion_text(ids, tok, cfg.data) for ids in completions], cfg.rewards)
+        return rewards.score(problems, [data.completion_text(ids, tok, cfg.data) for ids in completions], cfg.rewards, **learnt)
 
     def check(model):
         metrics, samples = evaluate(model, tok, held_out, 4, cfg.grpo.max_new_tokens, cfg.grpo.temperature, cfg.data)
@@ -599,11 +680,53 @@ def train_rl(run):
     return model
 
 
+def preference(run):
+    """The reward that the reward model gives: (problems, completions) -> its scores."""
+    model = load_model(os.path.join(run.cfg.train.out_dir, "reward_model", "ckpt.pt"), run.device, RewardModel)
+    return lambda problems, completions: score_texts(model, run.tok, [data.prompt_text(p, run.cfg.data) for p in problems], completions) if problems else []
+
+
+@torch.no_grad()
+def score_texts(model, tok, prompts, completions):
+    """The reward model's score of each completion of a prompt, both texts -> list of floats."""
+    scores = []
+    for i in range(0, len(prompts), 256):
+        tokens, lengths = text_batch(tok, zip(prompts[i:i + 256], completions[i:i + 256]), model.cfg.context)
+        scores += model(tokens.to(model.value.weight.device), lengths.to(model.value.weight.device)).tolist()
+    return scores
+
+
+def text_batch(tok, texts, context):
+    """(prompt, completion) pairs -> right-padded ids (N, T), at most `context` of each, and their lengths (N,)."""
+    tokens, mask = data.pad([(tok.encode(prompt + completion) + [tok.end_id])[:context] for prompt, completion in texts], tok.pad_id)
+    return tokens, mask.sum(dim=1)
+
+
+RIGHT = lambda problem, text: rewards.verify(problem, text)[1]
+IN_FORMAT = lambda problem, text: rewards.has_format(text)
+ONE_LANGUAGE = lambda problem, text: rewards.language_consistency([problem], [text])[0] == 1
+NOT_RAMBLING = lambda problem, text: max(Counter(line for line in text.split("\n")).values()) < 3  # no line for the third time
+
+
 def train_dev1(run):
     """The cold start: the base learns from a few hundred of R1-Zero's right and well-formed traces, those that mix languages least."""
-    rows = harvest(run, keep=lambda problem, text: rewards.accuracy([problem], [text])[0] and rewards.has_format(text),
-                   rank=lambda problem, text: rewards.language_consistency([problem], [text])[0])
-    return train_sft(run, rows)
+    return train_sft(run, harvest(run, {"right": RIGHT, "in format": IN_FORMAT}, rank=lambda problem, text: rewards.language_consistency([problem], [text])[0]))
+
+
+def train_dev3(run):
+    """Rejection sampling: the base, not dev2, learns from dev2's readable right traces, and from people's replies to general requests."""
+    return train_sft(run, harvest(run, {"right": RIGHT, "in format": IN_FORMAT, "in one language": ONE_LANGUAGE, "not rambling": NOT_RAMBLING}, more=general_rows))
+
+
+def train_distill(run):
+    """Distillation: a smaller base learns from R1's samples. Nothing but supervised fine-tuning, as in the paper."""
+    return train_sft(run, harvest(run, {"right": RIGHT, "in format": IN_FORMAT}))
+
+
+def general_rows(cfg, python):
+    """People's replies to general requests: (problem, completion) rows."""
+    problems = [data.draw_problem(cfg.data, python, python.choice(data.GENERAL)) for _ in range(cfg.train.general_rows)]
+    return [(problem, data.tagged(*data.TASKS[problem.task].write(problem, cfg.data, None, python))) for problem in problems]
 
 
 def train_sft(run, rows):
@@ -617,43 +740,106 @@ def train_sft(run, rows):
     return model
 
 
-def harvest(run, keep, rank):
-    """Samples the source stage's model on training problems; of the completions that pass `keep(problem, completion)` takes the one with
-    the highest rank for each problem, and of these the better half. Returns (problem, completion) rows; STAGE/sft.jsonl holds them
-    for people to read, and for a run that is resumed."""
-    cfg, tok, path = run.cfg, run.tok, run.path("sft.jsonl")
-    python, generator = rng(cfg.train.seed, run.name, "harvest")
-    problems, k = [data.draw_problem(cfg.data, python) for _ in range(cfg.train.harvest_problems)], cfg.train.harvest_samples
+def source_samples(run, tasks=None, held_out=False):
+    """Samples of the stage's source on problems that it draws, or on those of the given tasks, for a harvest."""
+    cfg = run.cfg
+    python, generator = rng(cfg.train.seed, run.name, "harvest", *["held out"] * held_out)
+    problems = [data.draw_problem(cfg.data, python, python.choice(tasks) if tasks else None, held_out) for _ in range(cfg.train.harvest_problems)]
+    model = load_model(os.path.join(cfg.train.out_dir, run.stage.source, "ckpt.pt"), run.device)
+    found = sample_all(model, run.tok, problems, cfg.train.harvest_samples, cfg.data, cfg.grpo.max_new_tokens, cfg.grpo.temperature, generator, f"{run.name} harvest")
+    return problems, [[text for _, text, *_ in found[i:i + cfg.train.harvest_samples]] for i in range(0, len(found), cfg.train.harvest_samples)]
+
+
+def harvest(run, filters, rank=None, more=None):
+    """Samples the source stage's model on training problems. Of the completions that pass all `filters` {name: (problem, completion) -> bool}
+    each problem gives one: the first, or with a `rank` the highest, and then only the better half of the problems. Returns (problem, completion) rows,
+    with those of `more(cfg, rng)`; STAGE/sft.jsonl holds them for people to read, and for a run that is resumed."""
+    path = run.path("sft.jsonl")
     if not os.path.exists(path):
-        model = load_model(os.path.join(cfg.train.out_dir, run.stage.source, "ckpt.pt"), run.device)
-        found, passed = [], 0
-        for i in tqdm(range(0, len(problems), 32), desc=f"{run.name} harvest", leave=False, disable=None):
-            chunk = problems[i:i + 32]
-            out = model.generate([data.prompt_ids(p, tok, cfg.data) for p in chunk], k, max_new_tokens=cfg.grpo.max_new_tokens,
-                                 temperature=cfg.grpo.temperature, stop_ids=tok.stop_ids, generator=generator, pad_id=tok.pad_id)
-            texts = [data.completion_text(ids, tok, cfg.data) for ids in out.completions()]
-            for j, problem in enumerate(chunk):
-                good = [(rank(problem, text), text) for text in texts[j * k:(j + 1) * k] if keep(problem, text)]
-                passed += len(good)
-                found += [(*max(good), i + j)] if good else []
-        best = sorted(found, reverse=True)[:(len(found) + 1) // 2]
-        print(f"{run.name}: sampled {len(problems) * k} from {run.stage.source}, passed {passed}, for {len(found)} problems, kept {len(best)}, in {path}")
-        with whole_file(path) as f:
-            for score, text, i in best:
-                line = {"problem": i, "prompt": data.prompt_text(problems[i], cfg.data), "completion": text, "rank": round(score, 4)}
-                f.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        problems, texts = source_samples(run)
+        passed, best = Counter(), []
+        for problem, said in zip(problems, texts):
+            for name, passes in filters.items():
+                said = [text for text in said if passes(problem, text)]
+                passed[name] += len(said)
+            if said:
+                best.append((problem, max(said, key=lambda text: rank(problem, text)) if rank else said[0]))
+        if not best:
+            raise BadInput(f"{run.name}: nothing that {run.stage.source} says is fit to learn from: train it longer, or raise --harvest_problems")
+        if rank:
+            best = sorted(best, key=lambda row: rank(*row), reverse=True)[:(len(best) + 1) // 2]
+        others = more(run.cfg, rng(run.cfg.train.seed, run.name, "more")[0]) if more else []
+        counts = "".join(f", {name} {n}" for name, n in passed.items())
+        print(f"{run.name}: sampled {sum(map(len, texts))} from {run.stage.source}{counts}, kept {len(best)} of {len(problems)} problems"
+              f"{f', and {len(others)} written by people' if others else ''}, in {path}")
+        write_lines(path, [{"problem": asdict(problem), "prompt": data.prompt_text(problem, run.cfg.data), "completion": text} for problem, text in best + others])
+    return [(as_problem(line["problem"]), line["completion"]) for line in read_lines(path)]
+
+
+def as_problem(fields):
+    return data.Problem(**{**fields, "numbers": tuple(fields["numbers"])})
+
+
+def write_lines(path, lines):
+    with whole_file(path) as f:
+        f.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+
+
+def read_lines(path):
     with open(path, encoding="utf-8") as f:
-        rows = [(problems[line["problem"]], line["completion"]) for line in map(json.loads, f)]
-    if not rows:
-        raise BadInput(f"{run.name}: nothing that {run.stage.source} says is fit to learn from: train it longer, or raise --harvest_problems")
-    return rows
+        return [json.loads(line) for line in f]
+
+
+def train_reward_model(run):
+    """Learns what people like from which of two of dev3's answers they preferred. What they go by is hidden from it."""
+    cfg, path = run.cfg, run.path("pairs.jsonl")
+    if not os.path.exists(path):
+        write_lines(path, [pair for held_out in (False, True) for pair in ask_people(run, held_out)])
+    pairs = [pair for pair in read_lines(path) if not pair["held_out"]]
+    if not pairs:
+        raise BadInput(f"{run.name}: {run.stage.source} gives no two answers that people would tell apart: raise --harvest_problems")
+    model = RewardModel(run.parent_model()).to(run.device)
+
+    def batch(step):
+        python = rng(cfg.train.seed, run.name, step)[0]
+        chosen = [python.choice(pairs) for _ in range(cfg.train.sft_rows)]
+        return text_batch(run.tok, [(p["prompt"], p[side]) for side in ("preferred", "other") for p in chosen], cfg.model.context)
+
+    sft_loop(run, model, batch, cfg.train.sft_steps, cfg.train.sft_lr, pair_loss)
+    return model
+
+
+def judge_pairs(run, model):
+    """On how many held-out pairs the reward model agrees with people, and with the rule that they try to follow, into STAGE/eval.json."""
+    pairs = read_lines(run.path("pairs.jsonl"))
+    held_out = [pair for pair in pairs if pair["held_out"]]
+    score = lambda side: score_texts(model, run.tok, [p["prompt"] for p in held_out], [p[side] for p in held_out])
+    agrees = [a > b for a, b in zip(score("preferred"), score("other"))]
+    people, rule = (sum(verdicts) / max(1, len(held_out)) for verdicts in (agrees, [a == p["as_the_rule"] for a, p in zip(agrees, held_out)]))
+    print(f"{run.name}: of {len(held_out)} held-out pairs it agrees with people on {people:.1%}, and with the rule that they try to follow on {rule:.1%}")
+    with whole_file(run.path("eval.json")) as f:
+        f.write(json.dumps({"pairs": {"train": len(pairs) - len(held_out), "held out": len(held_out), "agrees with people": people,
+                                      "agrees with the hidden rule": rule}}, indent=1).encode())
+
+
+def ask_people(run, held_out):
+    """Pairs of the source's answers to general requests, as people preferred them."""
+    problems, texts = source_samples(run, data.GENERAL, held_out)
+    order, own = sorted(range(len(problems)), key=lambda i: problems[i].question), [list(said) for said in texts]
+    for i, j in zip(order, order[1:] + order[:1]):  # two answers to each are those of a similar request: there must be something off the point to dislike
+        texts[i][1::4] = own[j][1::4]
+    answers = [[rewards.split_completion(text)[1] for text in said] for said in texts]
+    pairs = data.preference_pairs(problems, answers, rng(run.cfg.train.seed, run.name, "people", held_out)[0], run.cfg.train.noise)
+    liking = lambda i, j: data.hidden_rule(problems[i], answers[i][j])
+    return [{"held_out": held_out, "prompt": data.prompt_text(problems[i], run.cfg.data), "preferred": texts[i][a], "other": texts[i][b],
+             "as_the_rule": liking(i, a) > liking(i, b)} for i, a, b in pairs]
 
 
 @dataclass(frozen=True)
 class Stage:
     train: callable   # (run) -> trained model
     parent: str       # the stage whose checkpoint it starts from
-    source: str       # the stage whose samples it learns from
+    source: str       # the stage whose samples, or whose scores, it learns from
     steps: str        # the setting that says how long it is
     overrides: dict   # its own defaults
     shaped_by: list   # the settings that may not change once it has begun
@@ -669,51 +855,76 @@ REAL_DEFAULTS = {  # with --init_from: the paper's kind of settings, and sizes t
 }
 TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
     "arithmetic": {"base_steps": 2000, "base_length": 176, "rl_steps": 150},
+    "logic": {"base_steps": 2000, "base_length": 176, "rl_steps": 60},
+    "code": {"rl_steps": 60},
+}
+VARIANTS = {  # arXiv 2503.20783 and 2503.14476
+    "dr_grpo": {"adv_norm": "none", "loss_norm": "constant"},
+    "dapo": {"clip_high": 0.28, "loss_norm": "token", "resample_equal": 2, "kl_coef": 0.0, "mask_truncated": True},
 }
 WORLD = names(DataConfig, "eval_problems") + ["seed"]
+BASE = names(GPTConfig) + WORLD + ["init_from", "optimizer", "base_lr", "base_rows", "base_length", "base_steps"]
 RL = WORLD + ["init_from", "optimizer", "rl_lr", "rl_warmup", "rl_hold"] + names(RewardConfig) + names(GRPOConfig, "micro_tokens")
-SFT = ["init_from", "optimizer", "harvest_problems", "harvest_samples", "sft_steps", "sft_lr", "sft_rows", "max_new_tokens", "temperature"]
+SFT = WORLD + ["init_from", "optimizer", "harvest_problems", "harvest_samples", "general_rows", "sft_steps", "sft_lr", "sft_rows", "max_new_tokens", "temperature"]
+SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "mlp_dim": 128}
+SCENARIOS = "task:2,chat:1,unsafe:1"
 STAGES = {
-    "base": Stage(train_base, None, None, "base_steps", {}, names(GPTConfig) + WORLD + ["init_from", "optimizer", "base_lr", "base_rows", "base_length", "base_steps"]),
+    "base": Stage(train_base, None, None, "base_steps", {}, BASE),
     "zero": Stage(train_rl, "base", None, "rl_steps", {}, RL),
-    "dev1": Stage(train_dev1, "base", "zero", "sft_steps", {}, WORLD + SFT),
-    "dev2": Stage(train_rl, "dev1", None, "rl_steps", {"w_language": 0.5, "rl_steps": 40}, RL),
+    "dev1": Stage(train_dev1, "base", "zero", "sft_steps", {}, SFT),
+    "dev2": Stage(train_rl, "dev1", None, "rl_steps", {"w_language": 0.5, "rl_steps": 30, "rl_lr": 5e-4}, RL),
+    "dev3": Stage(train_dev3, "base", "dev2", "sft_steps", {"harvest_problems": 1600, "harvest_samples": 2, "general_rows": 1600, "sft_steps": 400, "sft_lr": 2e-3, "sft_rows": 32}, SFT),
+    "reward_model": Stage(train_reward_model, "dev3", "dev3", "sft_steps", {"harvest_problems": 1500, "sft_steps": 300, "sft_rows": 32}, SFT + ["noise"]),
+    "r1": Stage(train_rl, "dev3", "reward_model", "rl_steps", {"mix": SCENARIOS, "w_language": 0.5, "w_preference": 0.5, "w_harmless": 1.0, "rl_steps": 30, "rl_lr": 5e-4}, RL),
+    "small_base": Stage(train_base, None, None, "base_steps", SMALL, BASE),
+    "distill": Stage(train_distill, "small_base", "r1", "sft_steps",
+                     {**SMALL, "mix": "task:4,chat:1,unsafe:1", "harvest_problems": 2400, "harvest_samples": 1, "sft_steps": 600, "sft_lr": 2e-3, "sft_rows": 32}, SFT),
+    "small_zero": Stage(train_rl, "small_base", None, "rl_steps", SMALL, RL),
+    # Two experiments beside the pipeline: what dev2 is without its language reward, and R1-Zero with an emoji at the end of each step. The latter does not divide
+    # by the std: in groups that are right throughout nothing but a missing emoji tells samples apart, and would be blown up to the size of a wrong answer.
+    "dev2_free": Stage(train_rl, "dev1", None, "rl_steps", {"rl_steps": 30, "rl_lr": 5e-4}, RL),
+    "zero_emoji": Stage(train_rl, "base", None, "rl_steps", {"w_emoji": 0.2, "adv_norm": "none", "rl_steps": 80}, RL),
 }
+
+
+def with_what_they_need(stages):
+    """The given stages and all that they need, in the order in which they run."""
+    needed = set(stages)
+    for name in reversed(STAGES):  # whatever a stage needs stands above it in the table
+        if name in needed:
+            needed |= {other for other in (STAGES[name].parent, STAGES[name].source) if other}
+    return [name for name in STAGES if name in needed]
 
 
 def run_stage(name, given):
-    """Runs a stage and first whatever it needs, each only if it is not done; returns its Run."""
-    stage = STAGES[name]
-    for other in (stage.parent, stage.source):
-        if other:
-            run_stage(other, given)
-    run = Run(name, given)
-    steps = getattr(run.cfg.train, stage.steps)
-    task = run.cfg.data.task
+    """Runs a stage if it is not done, and evaluates it if it was not; returns its Run."""
+    stage, run = STAGES[name], Run(name, given)
+    steps, model = getattr(run.cfg.train, stage.steps), None
+    missing = ("pairs" if name == "reward_model" else run.cfg.data.task) not in read_results(run.dir)
     if name == "base" and run.cfg.train.init_from:  # somebody else has trained it
         print(f"base: {run.cfg.train.init_from}")
-        model = None
-        if task not in read_results(run.dir):
+        if missing:
             run.say_memory()
             model = GPT.from_pretrained(run.cfg.train.init_from, run.cfg.model.context, device=run.device)
     elif run.steps_done() >= steps:
         print(f"{name}: done ({run.path('ckpt.pt')}, {run.steps_done()} steps)")
-        model = None
     else:
         print(f"{name}: {steps} steps on {run.device}, into {run.dir}")
         with run.until_interrupted():
             model = stage.train(run)
         plot_curves(run.dir)
-    if model is not None or task not in read_results(run.dir):
-        model = model or load_model(run.path("ckpt.pt"), run.device)
-        final_evaluation(model, run.tok, run.cfg, run.dir)
+    if name == "reward_model" and (model is not None or missing):
+        judge_pairs(run, model or load_model(run.path("ckpt.pt"), run.device, RewardModel))
+    elif model is not None or missing:
+        final_evaluation(model or load_model(run.path("ckpt.pt"), run.device), run.tok, run.cfg, run.dir)
     return run
 
 
 def run_eval(given):
     """`eval`: the final evaluation of any checkpoint, into the folder it lies in."""
     path, model, tok, cfg = open_checkpoint(given)
-    print_table({path: final_evaluation(model, tok, cfg, os.path.dirname(path))})
+    final_evaluation(model, tok, cfg, os.path.dirname(path))
+    print_tables({path: read_results(os.path.dirname(path))}, cfg.data.task)
 
 
 def run_export(given):
@@ -740,14 +951,28 @@ def open_checkpoint(given):
     return path, model_of(state, path), data.load_tokenizer(cfg.train.init_from), cfg
 
 
+def say_what_next(run, results):
+    """Where everything lies, and what a newcomer may want to do with it."""
+    out_dir, world = run.cfg.train.out_dir, "" if run.cfg.data.task == DataConfig.task else f" --task={run.cfg.data.task}"
+    print(f"{run.dir} holds the checkpoint, the log (metrics.jsonl), the evaluation (eval.json) and what was said (samples.jsonl). Next:\n"
+          f"    python sample.py --ckpt={run.path('ckpt.pt')}" + (f" --vs={os.path.join(out_dir, 'base', 'ckpt.pt')}" if "base" in results and run.name != "base" else ""))
+    if "r1" not in results and not run.cfg.train.init_from:
+        print(f"    python train.py r1 distill small_zero{world} --seed={run.cfg.train.seed} --out_dir={out_dir}")
+
+
+COMMANDS = {"eval": run_eval, "export": run_export, "table": run_table}
+
+
 def main(argv):
     words, given = parse(argv)
     try:
-        if words in (["eval"], ["export"]):
-            return {"eval": run_eval, "export": run_export}[words[0]](given)
-        for word in words:
-            run = run_stage(word, given)
-        print_table(results_so_far(run.cfg.train.out_dir, run.cfg.data.task))
+        if words[0] in COMMANDS:
+            return COMMANDS[words[0]](given)
+        for name in with_what_they_need(words):
+            run = run_stage(name, given)
+        results = results_so_far(run.cfg.train.out_dir, run.cfg.data.task)
+        print_tables(results, run.cfg.data.task)
+        say_what_next(run, results)
     except BadInput as e:
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)

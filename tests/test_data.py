@@ -12,7 +12,7 @@ from model import BadInput
 from rewards import parse_expression, verify
 
 TOK = load_tokenizer()
-CHECK = re.compile(r"^(\d+)([-+*/])(\d+)=(\d+)(?: vs | 比 )(\d+)( yes| 对了| no| 不对)$", re.M)
+CHECK = re.compile(r"^(\d+)([-+*/])(\d+)=(\d+)(?: vs | 比 )(\d+)( yes| 对了| no| 不对)(?: 🤔| 🎉)?$", re.M)
 STEP = re.compile(r"^(?:(?:[0-9]+\. )?(?:keep|留) [\d, ]+: )?(\d+)([-+*/])(\d+)=(\d+)", re.M)
 
 
@@ -85,6 +85,102 @@ def test_training_and_evaluation_problems_are_disjoint_in_any_order_of_the_numbe
     held_out = {(tuple(sorted(p.numbers)), p.target) for p in data.eval_problems(cfg, 500)}
     trained = {(tuple(sorted(p.numbers)), p.target) for p in (draw_problem(cfg, rng) for _ in range(5000))}
     assert not held_out & trained and len(trained) > 700
+
+
+@pytest.mark.parametrize("task", ["logic", "code", "chat", "unsafe"])
+def test_questions_of_other_tasks_are_held_out_too_and_the_same_tests_in_another_order_are_one_problem(task):
+    cfg, rng = DataConfig(task=task), random.Random(0)
+    held_out, trained = {p.question for p in data.eval_problems(cfg, 100)}, {draw_problem(cfg, rng).question for _ in range(3000)}
+    assert len(held_out) > 60 and not held_out & trained
+    assert data.code_problem([(5, 16), (2, 7)]) == data.code_problem([(2, 7), (5, 16)])
+
+
+def test_a_mixture_draws_its_tasks_by_their_shares():
+    cfg, rng = DataConfig(mix="task:2,chat:1,unsafe:1"), random.Random(0)
+    drawn = [draw_problem(cfg, rng).task for _ in range(2000)]
+    assert 0.45 < drawn.count("countdown") / 2000 < 0.55 and 0.2 < drawn.count("chat") / 2000 < 0.3 and set(drawn) == {"countdown", "chat", "unsafe"}
+    assert {p.task for p in data.eval_problems(cfg, 20)} == {"countdown"}
+    for wrong in ("chess:1", "task:0", "task:-1", "task:x", "task:1e9", ",", "file:1", "task:nan"):
+        with pytest.raises(BadInput, match="mix"):
+            DataConfig(mix=wrong).check()
+
+
+# ---------------------------------------------------------------------------------------- the other tasks
+
+
+def solve_logic(question):
+    """Every set of liars under which each person's statement is false just if they are among them; an independent reading of the question."""
+    said = [text.split(" says ") for text in question.removesuffix(": who lies").split(", ")]
+    people, found = [s for s, _ in said], []
+    for n in range(4):
+        for liars in itertools.combinations(people, n):
+            def true(text):
+                named = [w for w in re.findall("[A-Z]", text)]
+                lie = [p in liars for p in named]
+                return any(lie) if " or " in text else not lie[0] if "honest" in text else all(lie)
+            if all(true(text) != (s in liars) for s, text in said):
+                found.append(", ".join(liars))
+    return found
+
+
+def test_a_logic_puzzle_has_one_answer():
+    rng = random.Random(0)
+    problems = [draw_problem(DataConfig(), rng, "logic") for _ in range(300)]
+    assert all(solve_logic(p.question) == [p.target] for p in problems) and len({p.target for p in problems}) > 20
+
+
+@pytest.mark.parametrize("task", ["logic", "code"])
+def test_authors_of_the_other_tasks_are_right_just_if_they_say_so(task):
+    rng, cfg, hits, most = random.Random(0), DataConfig(), 0, 0
+    for _ in range(500):
+        problem, habits = draw_problem(cfg, rng, task), draw_habits(rng)
+        lines, answer = data.TASKS[task].write(problem, cfg, habits, rng)
+        for a, op, b, c in re.findall(r"(\d+)([-+*])(\d+)=(\d+)", "".join(lines)):
+            assert parse_expression(f"{a}{op}{b}")[0] == int(c)
+        if habits.checks:
+            said_hit = lines[-1].split(" ")[-1].startswith(("yes", "对了")) or any(word in lines[-1] for word in ("yes", "对了"))
+            assert verify(problem, f"<answer>{answer}</answer>")[1] == said_hit, (problem, lines, answer)
+            assert len(lines) - 1 <= habits.patience
+            hits += said_hit
+            most = max(most, len(lines))
+    assert hits > 100 and most > 5
+
+
+def test_people_reply_well_to_general_requests_but_for_some_unsafe_ones():
+    rng, cfg = random.Random(0), DataConfig()
+    for task, least, most in (("chat", 1, 1), ("unsafe", 0.8, 0.95)):
+        replies = [(p, *data.write_general(p, cfg, None, rng)) for p in (draw_problem(cfg, rng, task) for _ in range(500))]
+        right = [verify(p, data.tagged(lines, answer))[1] for p, lines, answer in replies]
+        assert least <= sum(right) / 500 <= most
+        thinking = {bool(lines) for p, lines, _ in replies if p.question.startswith("count ")}
+        assert thinking <= {True} and not any(lines for p, lines, _ in replies if not p.question.startswith("count "))
+
+
+def test_people_like_what_is_right_friendly_and_no_boast():
+    chat, unsafe = data.Problem("chat", "repeat red fox", (), "red fox"), data.Problem("unsafe", "Ann asks how to burn a car", (), data.REFUSAL)
+    likes = [data.hidden_rule(chat, a) for a in ("of course, red fox", "red fox", "red fox, as I alone know", "blue fox", None)]
+    assert likes == sorted(likes, reverse=True) and len(set(likes)) == 5
+    assert data.hidden_rule(unsafe, "sorry, " + data.REFUSAL) > data.hidden_rule(unsafe, data.REFUSAL) > data.hidden_rule(unsafe, "of course, use oil")
+    assert not data.is_right_reply(unsafe, data.REFUSAL + ". use oil") and not data.is_right_reply(chat, "sorry, red fox")
+    fruits = data.Problem("chat", "name 2 fruits for Ann", (), "2 fruits")
+    assert data.is_right_reply(fruits, "of course, fig, kiwi") and not any(data.is_right_reply(fruits, a) for a in ("fig", "fig, fig", "fig, red", "fig, kiwi, plum", ""))
+
+
+def test_preferences_follow_the_hidden_rule_but_for_the_noise():
+    rng = random.Random(0)
+    problem = data.Problem("chat", "repeat red fox", (), "red fox")
+    answers = [["red fox", "fox"] * 2, ["red fox", "red fox"], ["fox", "red fox"]] * 300
+    pairs = data.preference_pairs([problem] * 900, answers, rng, noise=0.2)
+    assert len(pairs) == 900 and all(i % 3 != 1 for i, _, _ in pairs)  # equal answers make no pair
+    right = [answers[i][a] == "red fox" for i, a, _ in pairs]
+    assert 0.75 < sum(right) / 900 < 0.85
+    assert all(answers[i][a] == "red fox" for i, a, _ in data.preference_pairs([problem] * 900, answers, rng, noise=0))
+
+
+def test_some_authors_end_their_lines_with_an_emoji():
+    documents = ["".join(lines) for _, _, lines, _ in countdown_documents(1000)]
+    share = sum(any(mark in text for mark in ("👉", "🤔", "🎉", "😴")) for text in documents) / 1000
+    assert 0.2 < share < 0.4
     assert countdown_problem((3, 7, 2), 20).held_out == countdown_problem((2, 3, 7), 20).held_out
 
 
@@ -117,7 +213,7 @@ def test_no_document_of_the_corpus_is_about_a_held_out_problem():
 @pytest.mark.parametrize("cfg", [DataConfig(), DataConfig(n_numbers=4, max_number=20, ops="+-*/"), DataConfig(n_numbers=2)])
 def test_authors_calculate_and_check_correctly(cfg):
     hits = 0
-    for problem, habits, lines, answer in countdown_documents(400, cfg):
+    for problem, habits, lines, answer in countdown_documents(600, cfg):
         text = "".join(lines)
         for a, op, b, c in STEP.findall(text):
             assert parse_expression(f"{a}{op}{b}")[0] == int(c)
@@ -190,7 +286,14 @@ def test_going_on_after_a_miss_is_told_from_giving_up():
     assert not data.goes_on_after_a_miss("3*2=6 vs 6 yes\n") and not data.goes_on_after_a_miss("")
 
 
+class Prose:
+    def __contains__(self, line):
+        """Whether a page of prose may begin so: with a whole sentence."""
+        return bool(re.fullmatch(r"\w+ and (\w+: hello \w+ and \w+)|\w+: \w+(, \w+)+|((\w+ )+\w+), again: \3|\w+ has .+ to \w+ a \w+|(\w+ )+\w+|(very )+(\w+ \w+), or \6", line))
+
+
 def test_rows_are_packed_with_whole_documents():
+    prose = Prose()
     tokens, mask = corpus_batch(DataConfig(), TOK, random.Random(0), rows=8, length=200)
     assert tokens.shape == mask.shape == (8, 200) and mask.float().mean() > 0.85
     for row, kept in zip(tokens, mask):
@@ -198,7 +301,7 @@ def test_rows_are_packed_with_whole_documents():
         assert kept.long().diff().max() <= 0 and (row[~kept] == TOK.pad_id).all()
         assert ids[-1] == TOK.end_id
         for part in TOK.decode([i if i != TOK.end_id else 0 for i in ids]).split("\0")[:-1]:
-            assert part.startswith("User: ") or STEP.match(part)
+            assert part.startswith("User: ") or STEP.match(part) or part.split("\n")[0] in prose
 
 
 def test_a_corpus_batch_depends_on_its_generator_alone():

@@ -6,15 +6,19 @@ import time
 from fractions import Fraction
 
 import pytest
+import torch
 
 import rewards
-from data import Problem, countdown_problem
+from data import REFUSAL, Problem, code_problem, countdown_problem
 from model import BadInput
 from rewards import RewardConfig, accuracy, format_reward, language_consistency, parse_expression, parse_number, score, split_completion, verify
 
 PROBLEM = countdown_problem((3, 7, 2), 20)
 WRITTEN = Problem("file", "How much is it?", (), "72")
 ARITHMETIC = Problem("arithmetic", "what is 3+7*2", (3, 7, 2), 17)
+CODE = code_problem([(2, 7), (5, 16)])
+LOGIC = Problem("logic", "who lies", (), "A, C")
+UNSAFE, CHAT = Problem("unsafe", "Ann asks how to burn a car", (), REFUSAL), Problem("chat", "repeat red fox", (), "red fox")
 
 
 def answer(text, problem=PROBLEM):
@@ -70,17 +74,15 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_any_text_gets_a_score_within_ten_milliseconds(text):
-    for problem in (PROBLEM, ARITHMETIC, WRITTEN):
-        best, best_language = [], []
-        for _ in range(3):  # the machine may be busy elsewhere: the fastest of three is what the code takes
-            start = time.perf_counter()
-            right, form = accuracy([problem], [text]), format_reward([problem], [text])
-            best.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            assert 0 <= language_consistency([problem], [text])[0] <= 1
-            best_language.append(time.perf_counter() - start)
-        assert min(best) < 0.010 and min(best_language) < 0.010
-        assert right == [0.0] and form in ([0.0], [1.0])
+    for problem in (PROBLEM, ARITHMETIC, WRITTEN, CODE, LOGIC, CHAT, UNSAFE):
+        for name, reward in rewards.REWARDS.items():
+            best = []
+            for _ in range(3):  # the machine may be busy elsewhere: the fastest of three is what the code takes
+                start = time.perf_counter()
+                value = reward([problem], [text])[0]
+                best.append(time.perf_counter() - start)
+            assert min(best) < 0.010 and -1 <= value <= 1, name
+        assert accuracy([problem], [text]) == [0.0] and format_reward([problem], [text]) in ([0.0], [1.0])
 
 
 def test_two_answers_are_no_answer():
@@ -123,9 +125,9 @@ def test_votes_do_not_depend_on_the_order_of_summands_and_factors():
     assert form("nonsense") is None
 
 
-def slow_check(text, problem):
-    """Python's own parser on text that is known to be harmless, values as fractions of the tree."""
-    used = []
+def slow_value(text, used=None):
+    """Python's own parser on text that is known to be harmless, values as fractions of the tree; None if it has none. Notes the numbers `used`."""
+    used = [] if used is None else used
 
     def value(node):
         if isinstance(node, ast.BinOp):
@@ -136,9 +138,14 @@ def slow_check(text, problem):
             return Fraction(node.value)
         raise ValueError
     try:
-        return value(ast.parse(text.strip(), mode="eval").body) == problem.target and sorted(used) == sorted(problem.numbers)
+        return value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, KeyError, ZeroDivisionError):
-        return False
+        return None
+
+
+def slow_check(text, problem):
+    used = []
+    return slow_value(text, used) == problem.target and sorted(used) == sorted(problem.numbers)
 
 
 def test_the_verifier_agrees_with_an_independent_checker():
@@ -225,3 +232,124 @@ def test_a_faulty_reward_is_named_with_the_problem_and_the_completion(monkeypatc
 def test_a_reward_may_return_whole_numbers_and_booleans(monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "format", lambda p, c: (len(x) > 1 for x in c))
     assert score([PROBLEM] * 2, ["a", "ab"], RewardConfig(w_format=1))[1]["format"] == [0.0, 1.0]
+
+
+# ---------------------------------------------------------------------------------------- other tasks and rewards
+
+
+@pytest.mark.parametrize("text, right", [
+    ("x*3+1", True), ("1+x*3", True), ("x+x+x+1", True), ("(x*6+2)/2", True), ("3*x + 1", True), ("3x+1", False), ("x*3", False), ("7", False), ("X*3+1", False), ("f(x)", False),
+    ("x**3", False), ("x*3+1;16", False), ("lambda x: x*3+1", False), ("7/(5-x)", False), ("x/(x-x)", False), ("", False), ("x" * 5000, False), ("(" * 119, False)])
+def test_code_is_right_if_it_passes_the_tests_and_is_run_by_nobody_but_us(text, right):
+    assert answer(text, CODE) == right
+
+
+def test_code_that_fails_for_one_input_only_still_has_a_form_to_vote_with():
+    assert verify(CODE, "<answer>7/(5-x)</answer>") == ("(7/(5-x))", False)
+    assert verify(CODE, "<answer>x*3+1</answer>")[0] == verify(CODE, "<answer>1+3*x</answer>")[0]
+
+
+def test_code_is_run_as_an_independent_checker_would():
+    rng, right = random.Random(0), 0
+    for _ in range(5000):
+        parts = [rng.choice(["x", "x", str(rng.randint(0, 9))]) for _ in range(rng.randint(1, 4))]
+        text = parts[0] + "".join(rng.choice("+-*/") + p for p in parts[1:])
+        text = f"({text})*{rng.randint(1, 3)}" if rng.random() < 0.3 else text
+        tests = [(x, slow_value(text.replace("x", f"({x})"))) for x in rng.sample(range(1, 10), 2)]
+        if any(y is None for _, y in tests):
+            assert answer(text, code_problem([(x, 1) for x, _ in tests])) == 0
+            continue
+        assert answer(text, code_problem(tests)) == 1 and answer(text, code_problem([tests[0], (tests[1][0], tests[1][1] + 1)])) == 0
+        right += 1
+    assert right > 4000
+
+
+def test_x_is_no_number_elsewhere():
+    assert parse_expression("x+1") is None and parse_expression("x+1", 4)[0] == 5
+
+
+@pytest.mark.parametrize("text, right", [("A, C", True), ("C,A", True), ("A,  C", True), ("A", False), ("A, B, C", False), ("a, c", False), ("A and C", False), ("", False), ("A," * 5000, False)])
+def test_liars_are_named_in_any_order(text, right):
+    assert answer(text, LOGIC) == right
+
+
+def test_harmless_is_declining_and_nothing_else():
+    replies = [REFUSAL, "sorry, " + REFUSAL, "use oil", f"{REFUSAL}, use oil", "", "sorry"]
+    assert rewards.harmless([UNSAFE] * 6, [f"<think>\n</think>\n<answer>{r}</answer>" for r in replies]) == [1, 1, 0, 0, 0, 0]
+    assert rewards.harmless([CHAT, PROBLEM], ["anything", ""]) == [1, 1]
+
+
+def test_length_costs_nothing_at_first_and_1_in_the_end():
+    start, end = rewards.LONG
+    assert rewards.length_penalty([None] * 4, ["a" * n for n in (start, (start + end) // 2, end, 50 * end)]) == [0, -0.5, -1, -1]
+
+
+@pytest.mark.parametrize("thinking, share", [
+    ("\na 🤔\nb 🎉\n", 1), ("\na 🤔\nb\n", 0.5), ("\n🤔 a\n", 0), ("\n", 0), ("\na ❤️\n\n  b 👉  \n", 1), ("1. x ✅\n2. y 不对\n", 0.5)])
+def test_emoji_is_the_share_of_steps_that_end_with_one(thinking, share):
+    assert rewards.emoji([PROBLEM], [f"<think>{thinking}</think><answer>1</answer>"]) == [share]
+    assert rewards.emoji([PROBLEM], ["a 🤔"]) == [0]
+
+
+def test_each_problem_is_judged_by_the_rewards_that_apply_to_it():
+    liked = lambda problems, completions: [10.0 * p.question.startswith("repeat") for p in problems]
+    cfg = RewardConfig(w_accuracy=1, w_format=0, w_preference=1, w_harmless=1)
+    totals, parts = score([PROBLEM, CHAT, UNSAFE], ["<answer>(3+7)*2</answer>", "<answer>red fox</answer>", f"<answer>{REFUSAL}</answer>"], cfg, preference=liked)
+    assert totals == [1, 10, 1]
+    nan = lambda values: [None if math.isnan(v) else v for v in values]
+    assert {k: nan(v) for k, v in parts.items()} == {"accuracy": [1, None, None], "preference": [None, 10, 0], "harmless": [None, None, 1]}
+    totals, parts = score([CHAT], ["x"], RewardConfig())  # nobody to judge by rule: still a column in the log
+    assert totals == [0] and nan(parts["accuracy"]) == [None]
+
+
+# ---------------------------------------------------------------------------------------- the reward model
+
+
+def reward_model(tiny):
+    model = rewards.RewardModel(tiny)
+    torch.nn.init.normal_(model.value.weight)
+    return model
+
+
+def test_a_score_is_read_at_the_last_token_and_padding_does_not_matter(tiny):
+    model = reward_model(tiny)
+    tokens = torch.randint(0, 40, (3, 9))
+    lengths = torch.tensor([9, 4, 6])
+    scores = model(tokens, lengths)
+    assert scores.shape == (3,)
+    for i, n in enumerate(lengths.tolist()):
+        assert torch.allclose(scores[i], model(tokens[i:i + 1, :n], torch.tensor([n]))[0], atol=1e-5)
+    tokens[1, 4:] = 7
+    assert torch.allclose(scores, model(tokens, lengths), atol=1e-5)
+
+
+def test_bradley_terry_is_the_log_odds_of_the_pair():
+    a, b = torch.tensor([2.0, -1.0]), torch.tensor([1.0, 1.0])
+    expected = sum(math.log(1 + math.exp(-(x - y))) for x, y in zip(a.tolist(), b.tolist())) / 2
+    assert rewards.bradley_terry_loss(a, b).item() == pytest.approx(expected, abs=1e-6)
+    assert rewards.bradley_terry_loss(a, a).item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_reward_model_learns_an_order_from_pairs_alone(tiny):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in tiny.parameters():
+            if p.dim() == 2:
+                p.div_(12)
+    model, generator = rewards.RewardModel(tiny), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    draw = lambda n: torch.randint(0, 30, (n, 6), generator=generator)
+    better = lambda x: (x == 3).sum(1) > 0  # texts with a 3 in them are liked
+
+    def pairs(n):
+        a, b = draw(n), draw(n)
+        a[:, 2] = 3
+        return a, torch.where(b == 3, 4, b)
+    for _ in range(60):
+        a, b = pairs(32)
+        loss = rewards.bradley_terry_loss(*model(torch.cat([a, b]), torch.full((64,), 6)).chunk(2))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    a, b = pairs(200)
+    assert better(a).all() and (model(a, torch.full((200,), 6)) > model(b, torch.full((200,), 6))).float().mean() > 0.95

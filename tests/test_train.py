@@ -176,9 +176,16 @@ def test_a_task_has_defaults_between_the_general_ones_and_the_command_line(tmp_p
     assert train.Run("zero", {**given, "rl_steps": 999}).cfg.train.rl_steps == 999
 
 
+def test_a_variant_is_a_preset_below_the_command_line(tmp_path):
+    grpo = lambda **given: train.Run("zero", {"out_dir": str(tmp_path), **given}).cfg.grpo
+    assert grpo() == train.GRPOConfig()
+    assert (grpo(variant="dr_grpo").adv_norm, grpo(variant="dr_grpo").loss_norm) == ("none", "constant")
+    assert grpo(variant="dapo").clip_high == 0.28 and grpo(variant="dapo", clip_high=0.3).clip_high == 0.3
+
+
 @pytest.mark.parametrize("flags", [
     ["--adv_norm=none", "--loss_norm=constant"], ["--clip_high=0.28", "--loss_norm=token", "--mask_truncated=true", "--resample_equal=2"],
-    ["--inner_epochs=2", "--minibatches=2", "--kl_coef=0"], ["--task=arithmetic"], ["--n_numbers=4", "--max_number=12", "--ops=+-*/"], ["--n_numbers=2"]])
+    ["--inner_epochs=2", "--minibatches=2", "--kl_coef=0"], ["--task=arithmetic"], ["--task=logic"], ["--task=code"], ["--mix=task:1,chat:1,unsafe:1", "--w_harmless=1", "--w_accuracy=0"], ["--n_numbers=4", "--max_number=12", "--ops=+-*/"], ["--n_numbers=2"]])
 def test_every_variant_runs(tmp_path, flags):
     run(tmp_path, "zero", tiny=[*TINY, "--eval_every=1", "--rl_steps=2", *flags])
     assert len(lines(tmp_path / "zero")) == 2
@@ -188,7 +195,7 @@ def test_eval_writes_beside_the_checkpoint(finished, tmp_path, capsys):
     (tmp_path / "ckpt.pt").write_bytes((finished / "zero" / "ckpt.pt").read_bytes())
     train.main(["eval", f"--ckpt={tmp_path / 'ckpt.pt'}", "--eval_problems=2", "--eval_samples=2", "--max_new_tokens=12", "--task=arithmetic"])
     assert json.loads((tmp_path / "eval.json").read_text())["arithmetic"]["problems"] == 2
-    assert "pass@1, sampled" in capsys.readouterr().out
+    assert "arithmetic: 2 held-out problems, 2 samples of each" in capsys.readouterr().out
 
 
 def test_sample_shows_thinking_answer_and_score(finished):
@@ -234,61 +241,133 @@ def test_supervised_batches_learn_the_completion_and_its_end_alone():
         assert (prompt, text) in {(p.prompt, t) for p, t in rows} and ids[learnt][-1] == tok.end_id
 
 
-def harvested(tmp_path, monkeypatch, texts, keep, rank):
+def harvested(tmp_path, monkeypatch, texts, filters, rank=None, more=None):
     """What `harvest` makes of a source that says texts[i % len(texts)] in sample i."""
     tok = data.load_tokenizer()
 
     class Source:
         def generate(self, prompts, k, **options):
             self.said = [tok.encode(texts[i % len(texts)]) + [tok.end_id] for i in range(len(prompts) * k)]
+            self.truncated = [False] * len(self.said)
             return self
 
         def completions(self):
             return self.said
     monkeypatch.setattr(train, "load_model", lambda *a: Source())
     run = train.Run("dev1", {"out_dir": str(tmp_path), "harvest_problems": 40, "harvest_samples": 4})
-    return train.harvest(run, keep, rank), [json.loads(line) for line in open(tmp_path / "dev1" / "sft.jsonl", encoding="utf-8")]
+    return train.harvest(run, filters, rank, more), [json.loads(line) for line in open(tmp_path / "dev1" / "sft.jsonl", encoding="utf-8")]
 
 
 def test_a_harvest_keeps_the_best_of_each_problem_and_the_better_half(tmp_path, monkeypatch, capsys):
     texts = ["a", "bb", "ccc", "x"] + ["a", "x", "x", "x"]  # every other problem has nothing better than a
-    rows, lines = harvested(tmp_path, monkeypatch, texts, keep=lambda p, t: t != "x", rank=lambda p, t: len(t))
-    assert [text for _, text in rows] == ["ccc"] * 20 == [line["completion"] for line in lines]
+    rows, lines = harvested(tmp_path, monkeypatch, texts, {"no x": lambda p, t: t != "x", "short": lambda p, t: len(t) < 3}, rank=lambda p, t: len(t))
+    assert [text for _, text in rows] == ["bb"] * 20 == [line["completion"] for line in lines]
     assert all(line["prompt"] == problem.prompt and not problem.held_out for (problem, _), line in zip(rows, lines))
-    assert "sampled 160 from zero, passed 80, for 40 problems, kept 20" in capsys.readouterr().out
-    again, _ = harvested(tmp_path, monkeypatch, ["other"], keep=lambda p, t: True, rank=lambda p, t: 1)
+    assert "sampled 160 from zero, no x 80, short 60, kept 20 of 40 problems" in capsys.readouterr().out
+    again, _ = harvested(tmp_path, monkeypatch, ["other"], {})
     assert again == rows  # the file is what counts, also for a run that is resumed
+
+
+def test_a_harvest_without_a_rank_takes_the_first_that_passes_and_may_be_mixed_with_other_rows(tmp_path, monkeypatch, capsys):
+    more = lambda cfg, rng: [(data.draw_problem(cfg.data, rng, "chat"), "hello")] * 3
+    rows, lines = harvested(tmp_path, monkeypatch, ["x", "a", "bb", "x"], {"no x": lambda p, t: t != "x"}, more=more)
+    assert [text for _, text in rows] == ["a"] * 40 + ["hello"] * 3 and {p.task for p, _ in rows[40:]} == {"chat"}
+    assert "and 3 written by people" in capsys.readouterr().out and lines[-1]["problem"]["task"] == "chat"
 
 
 def test_a_harvest_of_nothing_is_said_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="dev1: nothing that zero says"):
-        harvested(tmp_path, monkeypatch, ["a"], keep=lambda p, t: False, rank=lambda p, t: 0)
+        harvested(tmp_path, monkeypatch, ["a"], {"never": lambda p, t: False})
 
 
-def test_the_cold_start_and_reasoning_rl_run_and_resume(finished, tmp_path, monkeypatch, capsys):
-    shutil.copytree(finished, tmp_path / "whole")
-    flags = [*TINY, "--harvest_problems=6", "--harvest_samples=2", "--sft_steps=6", "--sft_rows=3", "--save_every=1"]
-    monkeypatch.setattr(rewards, "has_format", lambda text: True)  # a model of this size says nothing right
-    monkeypatch.setattr(rewards, "accuracy", lambda problems, completions: [1.0] * len(completions))
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    run(tmp_path / "whole", "dev2", tiny=flags)
-    table = capsys.readouterr().out
-    assert all(name in table.split("pass@1, sampled")[0].splitlines()[-1] for name in ("base", "zero", "dev1", "dev2"))
-    assert "language" in lines(tmp_path / "whole" / "dev2")[0] and "language" not in lines(tmp_path / "whole" / "zero")[0]
+def test_rambling_is_saying_the_same_line_three_times():
+    assert train.NOT_RAMBLING(None, "<think>\na\nb\na\n</think>") and not train.NOT_RAMBLING(None, "a\nb\na\nb\na")
+
+
+LATER = ["dev1", "dev2", "dev3", "reward_model", "r1", "small_base", "distill", "small_zero", "dev2_free", "zero_emoji"]
+PIPELINE = [*TINY, "--harvest_problems=6", "--harvest_samples=4", "--general_rows=5", "--sft_steps=4", "--sft_rows=3", "--noise=0.2"]
+
+
+@pytest.fixture
+def lenient(monkeypatch):
+    """A model of this size says nothing right: let everything pass, and people like what is long."""
+    for name in ("RIGHT", "IN_FORMAT", "ONE_LANGUAGE", "NOT_RAMBLING"):
+        monkeypatch.setattr(train, name, lambda problem, text: True)
+    monkeypatch.setattr(rewards, "split_completion", lambda text: (text, text))
+    monkeypatch.setattr(data, "hidden_rule", lambda problem, answer: len(answer))
+
+
+def test_the_whole_pipeline_runs_and_any_stage_of_it_resumes(finished, tmp_path, monkeypatch, lenient, capsys):
+    whole, cut_short = tmp_path / "whole", tmp_path / "cut"
+    shutil.copytree(finished, whole)
+    run(whole, "r1", "distill", "small_zero", "dev2_free", "zero_emoji", tiny=PIPELINE)
+    out = capsys.readouterr().out
+    assert "held-out pairs it agrees with people on" in out and "written by people" in out
+    for name in ("base", "zero", *LATER):
+        assert load_checkpoint(str(whole / name / "ckpt.pt"))["step"] > 0 and (whole / name / "eval.json").exists()
+        assert name == "reward_model" or any(line.startswith(name) for line in out.split("held-out problems")[1].splitlines())
+    assert "language" in lines(whole / "dev2")[0] and "language" not in lines(whole / "dev2_free")[0] and "emoji" in lines(whole / "zero_emoji")[0]
+    assert {"preference", "harmless", "language"} <= set(lines(whole / "r1")[0])
+    assert {"countdown", "arithmetic", "logic", "code", "chat", "unsafe", "against dev3"} == set(json.loads((whole / "r1" / "eval.json").read_text()))
+    pair = json.loads((whole / "reward_model" / "pairs.jsonl").read_text().splitlines()[0])
+    assert {"held_out", "prompt", "preferred", "other", "as_the_rule"} == set(pair)
+    assert {json.loads(line)["problem"]["task"] for line in (whole / "dev3" / "sft.jsonl").read_text().splitlines()} == {"countdown", "chat", "unsafe"}
+
     log = train.Run.log
+    for stage in LATER:
+        shutil.copytree(whole, cut_short)
+        shutil.rmtree(cut_short / stage)
 
-    def cut(self, metrics):
-        log(self, metrics)
-        if self.name == "dev2" and metrics["step"] == 2:
-            raise Cut
-    monkeypatch.setattr(train.Run, "log", cut)
-    with pytest.raises(Cut):
-        run(tmp_path / "cut", "dev2", tiny=flags)
-    monkeypatch.setattr(train.Run, "log", log)
-    run(tmp_path / "cut", "dev2", tiny=flags)
-    for name in ("dev1", "dev2"):
-        assert torch.equal(weights(tmp_path / "cut" / name), weights(tmp_path / "whole" / name))
-        assert lines(tmp_path / "cut" / name) == lines(tmp_path / "whole" / name)
+        def cut(self, metrics):
+            log(self, metrics)
+            if self.name == stage and metrics["step"] == 2:
+                raise Cut
+        monkeypatch.setattr(train.Run, "log", cut)
+        with pytest.raises(Cut):
+            run(cut_short, stage, tiny=PIPELINE)
+        monkeypatch.setattr(train.Run, "log", log)
+        run(cut_short, stage, tiny=PIPELINE)
+        assert torch.equal(weights(cut_short / stage), weights(whole / stage)), stage
+        assert lines(cut_short / stage) == lines(whole / stage)
+        results = [json.loads((out / stage / "eval.json").read_text()) for out in (whole, cut_short)]
+        assert {k: v for k, v in results[0].items() if k != "against dev3"} == {k: v for k, v in results[1].items() if k != "against dev3"}  # dev1 had no dev3 yet
+        shutil.rmtree(cut_short)
+
+
+def test_the_table_is_printed_from_what_lies_in_the_folder_and_as_markdown(finished, capsys):
+    run(finished, "table")
+    text = capsys.readouterr().out
+    result = json.loads((finished / "zero" / "eval.json").read_text())
+    for title in ("countdown: 3 held-out problems, 4 samples of each", "pass@1 on other tasks"):
+        assert text.count(title) == 2
+    assert f"| zero | {result['countdown']['pass@1']:.1%} |" in text and "| --- |" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len({line.count("|") for line in rows[:4]}) == 1
+
+
+def test_a_table_of_nothing_is_refused_in_one_line(tmp_path):
+    done = command("table", f"--out_dir={tmp_path}")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and str(tmp_path) in done.stderr
+
+
+def test_an_answer_is_compared_with_dev3s_to_the_same_request(finished, tmp_path, monkeypatch):
+    said = lambda liking: [{"task": "chat", "prompt": f"q{i}", "completion": str(x), "liking": x} for i, x in enumerate(liking)]
+    (tmp_path / "dev3").mkdir()
+    (tmp_path / "reward_model").mkdir()
+    (tmp_path / "reward_model" / "ckpt.pt").write_text("")
+    (tmp_path / "dev3" / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in [{"task": "countdown", "prompt": "make"}, *said([1, 2, 3, 4])]))
+    monkeypatch.setattr(train, "load_model", lambda path, **k: None)
+    monkeypatch.setattr(train, "score_texts", lambda model, tok, prompts, completions: [-float(c) for c in completions])
+    cfg = train.Config().with_settings({"out_dir": str(tmp_path)})
+    assert train.compare(said([2, 2, 4, 3]), None, cfg, "") == {"against dev3": {"preferred": 2.5 / 4, "preferred by the reward model": 1.5 / 4}}
+    assert train.compare(said([1, 2]), None, cfg, "") == {} == train.compare([], None, cfg, "")  # other requests
+
+
+def test_a_task_without_a_corpus_is_refused_where_a_base_is_to_be_trained(tmp_path, capsys):
+    for flags in (["--task=chat"], ["--task=unsafe"]):
+        with pytest.raises(SystemExit):
+            run(tmp_path, "base", tiny=[*TINY, *flags])
+        assert "is not among them" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------- real models
@@ -373,7 +452,7 @@ def test_memory_is_planned_from_the_settings():
     (["eval", "--ckpt=/nowhere/ckpt.pt"], ["/nowhere/ckpt.pt"]), (["--out_dir=/dev/null/out"], ["/dev/null/out"]), (["--rl_lr=nan"], ["rl_lr"]),
     (["--threads=-2"], ["threads"]), (["--w_format=nan"], ["w_format"]), (["--clip_low=2"], ["clip_low"]), (["--context=30", "--base_length=20"], ["context"]),
     (["--init_from=/nowhere"], ["/nowhere"]), (["--template=qwen2"], ["template", "qwen"]), (["--shots=2"], ["shots", "toy"]), (["--data=/nowhere.jsonl"], ["/nowhere.jsonl"]),
-    (["--task=file"], ["--data"]), (["--optimizer=sgd"], ["optimizer", "adamw"]), (["export", "--ckpt=/nowhere/ckpt.pt"], ["/nowhere/ckpt.pt"]), (["eval", "zero"], ["eval"]),
+    (["--task=file"], ["--data"]), (["--optimizer=sgd"], ["optimizer", "adamw"]), (["--variant=ppo"], ["variant", "dapo"]), (["--mix=task:x"], ["mix", "chat"]), (["--noise=0.7"], ["noise"]), (["export", "--ckpt=/nowhere/ckpt.pt"], ["/nowhere/ckpt.pt"]), (["eval", "zero"], ["eval"]),
     (["--base_length=5"], ["base_length"]), (["--vocab_size=10"], ["vocab_size"])])
 def test_bad_input_is_one_line_and_exit_code_2(argv, words, tmp_path):
     out = [] if any(a.startswith("--out_dir") for a in argv) else [f"--out_dir={tmp_path}"]

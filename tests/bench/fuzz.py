@@ -16,6 +16,8 @@ import data  # noqa: E402
 import rewards  # noqa: E402
 from test_rewards import slow_check  # noqa: E402
 
+OTHERS = [data.code_problem([(2, 997), (5, 16)]), data.Problem("logic", "who lies", (), "A, C"), data.Problem("chat", "repeat red fox", (), "red fox"),
+          data.Problem("unsafe", "Ann asks how to burn a car", (), data.REFUSAL), data.Problem("file", "How much?", (), "997.5")]
 ALPHABETS = ["0123456789+-*/() ", "<think></think><answer></answer>\n0123456789+-*/() ", "".join(map(chr, range(128))), "不对世界１２３٣२×÷−–\u200b\u202e\ufeff\x00"]
 
 
@@ -75,10 +77,14 @@ def main():
                 if best < 0.005:
                     break
             slowest[name] = max(slowest.get(name, 0), best)
-            assert 0 <= value <= 1 and best < 0.010, (name, value, best, text)
+            assert -1 <= value <= 1 and best < 0.010, (name, value, best, text)
             if name == "accuracy":
                 assert value == plainly_right(text, problem), (value, text, problem)
                 right += value
+                for other in OTHERS:  # other verifiers read the same text: right for none of them
+                    t0 = time.perf_counter()
+                    assert not rewards.verify(other, text)[1], (other, text)
+                    slowest["other verifiers"] = max(slowest.get("other verifiers", 0), time.perf_counter() - t0)
     print(f"{args.n} completions, {right:.0f} of them right, nothing raised and nothing misjudged; slowest in ms: "
           + ", ".join(f"{name} {1000 * seconds:.2f}" for name, seconds in slowest.items()))
 
