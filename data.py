@@ -600,7 +600,7 @@ def draw_habits(rng):
         layout=rng.choices(["full", "think", "answer", "none"], [0.35, 0.1, 0.1, 0.45])[0],
         checks=rng.random() < 0.6,
         patience=rng.choices([3, 6, 9, 12, 18, 30], [66, 5, 5, 5, 7, 12])[0],  # most give up after a branch or two
-        emoji=rng.choices([0.0, 0.5, 1.0], [70, 15, 15])[0],
+        emoji=rng.choices([0.0, 0.5, 1.0], [80, 10, 10])[0],
     )
 
 

@@ -65,7 +65,7 @@ class TrainConfig:
     ref_dtype: str = opt("float32", "weights of the reference: float32 or bfloat16")
     checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory, a third more time")
     compile: bool = opt(False, "torch.compile the transformer for training")
-    base_steps: int = opt(1000, "optimiser steps of next-token training")
+    base_steps: int = opt(1200, "optimiser steps of next-token training")
     base_lr: float = opt(5e-3, "its peak learning rate")
     base_rows: int = opt(12, "rows of packed documents a step")
     base_length: int = opt(352, "tokens a row")
@@ -146,6 +146,8 @@ def parse(argv):
     """Command line -> (stages or commands, {setting: value} as given)."""
     parser = Parser(prog="train.py", usage="python train.py [STAGE ...] [--setting=value ...]", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS, description=__doc__,
+                    epilog="What stages set for themselves:\n" + "\n".join(f"  {name}: " + ", ".join(f"{k}={v}" for k, v in stage.overrides.items())
+                                                                            for name, stage in STAGES.items() if stage.overrides),
                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=150))
     parser.add_argument("words", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)} (default zero), or a command: {', '.join(COMMANDS)}")
     for group in fields(Config):
@@ -643,9 +645,10 @@ def plot_curves(folder):
 def train_base(run):
     """DeepSeek-V3-Base's part: read a corpus of mixed quality, token by token."""
     cfg = run.cfg
-    if not data.TASKS[cfg.data.task].in_corpus or cfg.train.init_from:
-        raise BadInput(f"{run.name} reads a corpus of the toy world, which speaks of {', '.join(t for t in data.TASKS if data.TASKS[t].in_corpus)}: "
-                       f"{cfg.data.task} is not among them, or leave out --init_from")
+    if cfg.train.init_from:
+        raise BadInput(f"{run.name} is trained from nothing on the toy corpus, so it does not go with --init_from={cfg.train.init_from}")
+    if not data.TASKS[cfg.data.task].in_corpus:
+        raise BadInput(f"{run.name} reads a corpus that speaks of {', '.join(t for t in data.TASKS if data.TASKS[t].in_corpus)}; {cfg.data.task} is not among them")
     torch.manual_seed(cfg.train.seed)
     model = GPT(cfg.model).to(run.device)
 
@@ -755,7 +758,7 @@ def harvest(run, filters, rank=None, more=None):
     each problem gives one: the first, or with a `rank` the highest, and then only the better half of the problems. Returns (problem, completion) rows,
     with those of `more(cfg, rng)`; STAGE/sft.jsonl holds them for people to read, and for a run that is resumed."""
     path = run.path("sft.jsonl")
-    if not os.path.exists(path):
+    if not run.steps_done() or not os.path.exists(path):
         problems, texts = source_samples(run)
         passed, best = Counter(), []
         for problem, said in zip(problems, texts):
@@ -793,7 +796,7 @@ def read_lines(path):
 def train_reward_model(run):
     """Learns what people like from which of two of dev3's answers they preferred. What they go by is hidden from it."""
     cfg, path = run.cfg, run.path("pairs.jsonl")
-    if not os.path.exists(path):
+    if not run.steps_done() or not os.path.exists(path):
         write_lines(path, [pair for held_out in (False, True) for pair in ask_people(run, held_out)])
     pairs = [pair for pair in read_lines(path) if not pair["held_out"]]
     if not pairs:
@@ -945,6 +948,8 @@ def open_checkpoint(given):
     """(path, model, tokenizer, config) of --ckpt, with the settings that it was trained with unless others are given."""
     path = given.get("ckpt") or os.path.join(given.get("out_dir", TrainConfig.out_dir), "zero", "ckpt.pt")
     state = load_checkpoint(path)
+    if state.get("stage") == "reward_model":
+        raise BadInput(f"{path} is a reward model: it judges answers and gives none")
     cfg = Config().with_settings({**state.get("settings", {}), **given})
     for group in ("data", "rewards", "grpo", "train"):
         getattr(cfg, group).check()

@@ -180,7 +180,7 @@ def test_preferences_follow_the_hidden_rule_but_for_the_noise():
 def test_some_authors_end_their_lines_with_an_emoji():
     documents = ["".join(lines) for _, _, lines, _ in countdown_documents(1000)]
     share = sum(any(mark in text for mark in ("👉", "🤔", "🎉", "😴")) for text in documents) / 1000
-    assert 0.2 < share < 0.4
+    assert 0.1 < share < 0.3
     assert countdown_problem((3, 7, 2), 20).held_out == countdown_problem((2, 3, 7), 20).held_out
 
 

@@ -241,7 +241,7 @@ def test_supervised_batches_learn_the_completion_and_its_end_alone():
         assert (prompt, text) in {(p.prompt, t) for p, t in rows} and ids[learnt][-1] == tok.end_id
 
 
-def harvested(tmp_path, monkeypatch, texts, filters, rank=None, more=None):
+def harvested(tmp_path, monkeypatch, texts, filters, rank=None, more=None, step=0):
     """What `harvest` makes of a source that says texts[i % len(texts)] in sample i."""
     tok = data.load_tokenizer()
 
@@ -255,6 +255,7 @@ def harvested(tmp_path, monkeypatch, texts, filters, rank=None, more=None):
             return self.said
     monkeypatch.setattr(train, "load_model", lambda *a: Source())
     run = train.Run("dev1", {"out_dir": str(tmp_path), "harvest_problems": 40, "harvest_samples": 4})
+    run.saved = {"step": step}
     return train.harvest(run, filters, rank, more), [json.loads(line) for line in open(tmp_path / "dev1" / "sft.jsonl", encoding="utf-8")]
 
 
@@ -264,8 +265,9 @@ def test_a_harvest_keeps_the_best_of_each_problem_and_the_better_half(tmp_path, 
     assert [text for _, text in rows] == ["bb"] * 20 == [line["completion"] for line in lines]
     assert all(line["prompt"] == problem.prompt and not problem.held_out for (problem, _), line in zip(rows, lines))
     assert "sampled 160 from zero, no x 80, short 60, kept 20 of 40 problems" in capsys.readouterr().out
-    again, _ = harvested(tmp_path, monkeypatch, ["other"], {})
-    assert again == rows  # the file is what counts, also for a run that is resumed
+    again, _ = harvested(tmp_path, monkeypatch, ["other"], {}, step=1)
+    assert again == rows  # for a run that is resumed the file is what counts
+    assert {text for _, text in harvested(tmp_path, monkeypatch, ["other"], {})[0]} == {"other"}  # one that begins anew harvests anew
 
 
 def test_a_harvest_without_a_rank_takes_the_first_that_passes_and_may_be_mixed_with_other_rows(tmp_path, monkeypatch, capsys):
@@ -309,6 +311,8 @@ def test_the_whole_pipeline_runs_and_any_stage_of_it_resumes(finished, tmp_path,
     assert "language" in lines(whole / "dev2")[0] and "language" not in lines(whole / "dev2_free")[0] and "emoji" in lines(whole / "zero_emoji")[0]
     assert {"preference", "harmless", "language"} <= set(lines(whole / "r1")[0])
     assert {"countdown", "arithmetic", "logic", "code", "chat", "unsafe", "against dev3"} == set(json.loads((whole / "r1" / "eval.json").read_text()))
+    with pytest.raises(BadInput, match="reward model"):
+        train.open_checkpoint({"ckpt": str(whole / "reward_model" / "ckpt.pt")})
     pair = json.loads((whole / "reward_model" / "pairs.jsonl").read_text().splitlines()[0])
     assert {"held_out", "prompt", "preferred", "other", "as_the_rule"} == set(pair)
     assert {json.loads(line)["problem"]["task"] for line in (whole / "dev3" / "sft.jsonl").read_text().splitlines()} == {"countdown", "chat", "unsafe"}
@@ -368,6 +372,12 @@ def test_a_task_without_a_corpus_is_refused_where_a_base_is_to_be_trained(tmp_pa
         with pytest.raises(SystemExit):
             run(tmp_path, "base", tiny=[*TINY, *flags])
         assert "is not among them" in capsys.readouterr().err
+
+
+def test_small_models_are_no_part_of_a_real_models_run(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "small_base", tiny=[*REAL, f"--init_from={folder}"])
+    assert "trained from nothing" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------- real models

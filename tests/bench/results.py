@@ -21,8 +21,8 @@ SEEDS = (1, 2, 3)
 SIDE_BY_SIDE = "python sample.py --ckpt=out/base/ckpt.pt --vs=out/zero/ckpt.pt --numbers=4,9,6 --target=30 --n=1"
 PIPELINE = ["base", "zero", "dev1", "dev2", "dev3", "r1"]
 RUNS = {  # name: the commands that make it, the first of which ends with zero
-    **{f"seed {s}": [f"python train.py --seed={s} --threads=1 --out_dir=out{s}",
-                     f"python train.py r1 distill small_zero dev2_free zero_emoji --seed={s} --threads=1 --out_dir=out{s}"] for s in SEEDS},
+    **{f"seed {s}": [f"python train.py --seed={s}{threads} --out_dir=out{s}", f"python train.py r1 distill small_zero dev2_free zero_emoji --seed={s}{threads} --out_dir=out{s}"]
+       for s, threads in ((1, " --threads=1"), (2, " --threads=1"), (3, ""))},  # the last by itself, on all cores: --run --only="seed 3" --jobs=1
     **{f"{task}, seed {s}": [f"python train.py --task={task} --seed={s} --threads=1 --out_dir=out-{task}{s}"] for task in ("arithmetic", "logic", "code") for s in SEEDS},
 }
 
