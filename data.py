@@ -1,4 +1,4 @@
-"""The toy world: tokenizer, problems, and the mixed-quality corpus that the base model reads.
+"""The toy world: tokenizer, problems, general requests and what people prefer, and the mixed-quality corpus that the base model reads.
 
 A problem is asked in the User/Assistant template; the corpus shows such conversations the way a web
 corpus would: with and without tags, right and wrong, patient and hasty, in two languages. Nothing in it

@@ -349,7 +349,7 @@ class RewardModel(nn.Module):
     def forward(self, tokens, lengths):
         """Right-padded ids (N, T) and lengths (N,) -> scores (N,), fp32, read at each text's last token."""
         last = self.gpt.trunk(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]
-        return self.value(last).float().squeeze(1)
+        return (last.float() * self.value.weight).sum(dim=1)  # not by matrix product, which autocast would round
 
 
 def bradley_terry_loss(preferred, other):

@@ -857,9 +857,8 @@ REAL_DEFAULTS = {  # with --init_from: the paper's kind of settings, and sizes t
     "eval_problems": 100, "eval_samples": 4,
 }
 TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
-    "arithmetic": {"base_steps": 2000, "base_length": 176, "rl_steps": 150},
-    "logic": {"base_steps": 2000, "base_length": 176, "rl_steps": 60},
-    "code": {"rl_steps": 60},
+    "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
+    "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
 }
 VARIANTS = {  # arXiv 2503.20783 and 2503.14476
     "dr_grpo": {"adv_norm": "none", "loss_norm": "constant"},
