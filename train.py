@@ -609,7 +609,9 @@ def print_tables(results, task):
 
 def run_table(given):
     """`table`: what lies in out_dir, as text and as Markdown."""
-    out_dir, task = given.get("out_dir", TrainConfig.out_dir), given.get("task", DataConfig.task)
+    out_dir = given.get("out_dir", TrainConfig.out_dir)
+    evaluated = [task for name in STAGES for task in read_results(os.path.join(out_dir, name)) if task in data.TASKS]
+    task = given.get("task") or (evaluated or [DataConfig.task])[0]  # a stage's own task comes first
     results = results_so_far(out_dir, task)
     if not results:
         raise BadInput(f"nothing in {out_dir} was evaluated on {task}: run a stage first, or set --out_dir or --task")
@@ -875,7 +877,7 @@ STAGES = {
     "zero": Stage(train_rl, "base", None, "rl_steps", {}, RL),
     "dev1": Stage(train_dev1, "base", "zero", "sft_steps", {}, SFT),
     "dev2": Stage(train_rl, "dev1", None, "rl_steps", {"w_language": 0.5, "rl_steps": 30, "rl_lr": 5e-4}, RL),
-    "dev3": Stage(train_dev3, "base", "dev2", "sft_steps", {"harvest_problems": 1600, "harvest_samples": 2, "general_rows": 1600, "sft_steps": 400, "sft_lr": 2e-3, "sft_rows": 32}, SFT),
+    "dev3": Stage(train_dev3, "base", "dev2", "sft_steps", {"harvest_problems": 1600, "harvest_samples": 2, "general_rows": 3000, "sft_steps": 500, "sft_lr": 2e-3, "sft_rows": 32}, SFT),
     "reward_model": Stage(train_reward_model, "dev3", "dev3", "sft_steps", {"harvest_problems": 1500, "sft_steps": 300, "sft_rows": 32}, SFT + ["noise"]),
     "r1": Stage(train_rl, "dev3", "reward_model", "rl_steps", {"mix": SCENARIOS, "w_language": 0.5, "w_preference": 0.5, "w_harmless": 1.0, "rl_steps": 30, "rl_lr": 5e-4}, RL),
     "small_base": Stage(train_base, None, None, "base_steps", SMALL, BASE),

@@ -119,6 +119,7 @@ def blocks(results):
         rows.append([name, pct(b["pass@1"]), f"{pct(z['pass@1'])} ({100 * z['pass@1_ci'][0]:.1f}–{100 * z['pass@1_ci'][1]:.1f})", f"{pct(b['pass@1_greedy'])} → {pct(z['pass@1_greedy'])}",
                      pct(z["pass@16"]), pct(z["cons@16"]), f"{pct(b['format'])} → {pct(z['format'])}", f"{b['length']:.0f} → {z['length']:.0f}", pct(z["consistency"]), f"{minutes(run)[0]:.1f}"])
     out["zero"] = table(["run", "base pass@1", "zero pass@1", "greedy", "pass@16", "cons@16", "format", "length", "one language", "minutes"], rows)
+    out["commands"] = "```\n" + "\n".join(command for run in runs for command in RUNS[run]) + "\n```"
 
     columns = [("pass@1", "countdown", "pass@1", pct), ("cons@16", "countdown", "cons@16", pct), ("format", "countdown", "format", pct), ("one language", "countdown", "consistency", pct),
                ("length", "countdown", "length", number(0)), ("arithmetic", "arithmetic", "pass@1", pct), ("logic", "logic", "pass@1", pct), ("code", "code", "pass@1", pct)]
@@ -143,7 +144,6 @@ def claims(seeds, runs, show, get):
     each = lambda test, *lists: every(*[test(*values) for values in zip(*lists)])
     pairs = [s["reward_model"]["pairs"] for s in seeds.values()]
     low, high = [ci[0] for ci in at("distill", "pass@1_ci")], [ci[1] for ci in at("small_zero", "pass@1_ci")]
-    full = [list(run["minutes"].values()) for name, run in runs.items() if name.startswith("seed")]
     rows = [
         ["RL alone makes a base reason, and its thinking longer", f"pass@1 {pass1('base')} → {pass1('zero')}; length {show('base', 'countdown', 'length', lambda x: f'{x:.0f}')} → {show('zero', 'countdown', 'length', lambda x: f'{x:.0f}')}",
          each(lambda b, z, m, n: z > b + 0.5 and n > m, at("base"), at("zero"), at("base", "length"), at("zero", "length"))],
@@ -164,7 +164,7 @@ def claims(seeds, runs, show, get):
         ["an emoji reward is obeyed", f"steps that end with one: `zero` {show('zero', 'countdown', 'emoji')}, `zero_emoji` {show('zero_emoji', 'countdown', 'emoji')}; pass@1 {pass1('zero')} and {pass1('zero_emoji')}",
          each(lambda e, a, b: e >= 0.95 and b > a - 0.03, at("zero_emoji", "emoji"), at("zero"), at("zero_emoji"))]]
     return (table(["claim", "what says so here", "for every seed"], rows)
-            + f"\n\nThe whole recipe takes {spread((sum(m) for m in full), lambda x: f'{x:.0f}')} minutes a seed, on one core beside another run.")
+            + f"\n\nThe whole recipe took {sum(runs['seed 3']['minutes'].values()):.0f} minutes for seed 3, which had the two cores for itself; up to `zero` it was {next(iter(runs['seed 3']['minutes'].values())):.1f}.")
 
 
 def write_readme(results):
