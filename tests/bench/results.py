@@ -181,12 +181,12 @@ def write_readme(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="run what is not there yet")
-    parser.add_argument("--only", default="", help="... of these runs alone: their names begin so, separated by commas")
+    parser.add_argument("--only", default="", help="... of these runs alone: their names begin so, separated by semicolons")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a core each (default %(default)s)")
     args = parser.parse_args()
     if args.run:
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(carry_out, [name for name in RUNS if name.startswith(tuple(args.only.split(",")))]))
+            list(pool.map(carry_out, [name for name in RUNS if name.startswith(tuple(args.only.split(";")))]))
         return
     with open(FILE, "w") as f:
         json.dump(gather(), f, indent=1)
