@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 sys.path.append(ROOT)
+import data  # noqa: E402
+
 FILE = os.path.join(ROOT, "assets", "results.json")
 SEEDS = (1, 2, 3)
 SIDE_BY_SIDE = "python sample.py --ckpt=out/base/ckpt.pt --vs=out/zero/ckpt.pt --numbers=4,9,6 --target=30 --n=1"
@@ -97,7 +99,9 @@ def pct(x, digits=1):
 def spread(values, show=pct):
     """Mean of the seeds, and the least and the most of them."""
     values = list(values)
-    return f"{show(sum(values) / len(values))} ({show(min(values)).removesuffix(' %')}–{show(max(values)).removesuffix(' %')})"
+    least, most = (show(f(values)).removesuffix(" %") for f in (min, max))
+    text = f"{show(sum(values) / len(values))} ({least}{'–' if min(values) >= 0 else ' to '}{most})"
+    return text.replace("-", "−")
 
 
 def blocks(results):
@@ -144,6 +148,8 @@ def claims(seeds, runs, show, get):
     each = lambda test, *lists: every(*[test(*values) for values in zip(*lists)])
     pairs = [s["reward_model"]["pairs"] for s in seeds.values()]
     low, high = [ci[0] for ci in at("distill", "pass@1_ci")], [ci[1] for ci in at("small_zero", "pass@1_ci")]
+    asked = data.eval_problems(data.DataConfig(), 50, "chat")
+    counting = sum(problem.question.startswith("count ") for problem in asked) / len(asked)
     rows = [
         ["RL alone makes a base reason, and its thinking longer", f"pass@1 {pass1('base')} → {pass1('zero')}; length {show('base', 'countdown', 'length', lambda x: f'{x:.0f}')} → {show('zero', 'countdown', 'length', lambda x: f'{x:.0f}')}",
          each(lambda b, z, m, n: z > b + 0.5 and n > m, at("base"), at("zero"), at("base", "length"), at("zero", "length"))],
@@ -156,10 +162,10 @@ def claims(seeds, runs, show, get):
         ["rejection sampling keeps reasoning and adds general tasks", f"pass@1 `dev2` {pass1('dev2')}, `dev3` {pass1('dev3')}; chat {show('dev2', 'chat', 'pass@1')} → {show('dev3', 'chat', 'pass@1')}, unsafe declined {show('dev2', 'unsafe', 'pass@1')} → {show('dev3', 'unsafe', 'pass@1')}",
          each(lambda a, b, c, d: b > a - 0.05 and c > 0.8 and d > 0.8, at("dev2"), at("dev3"), at("dev3", task="chat"), at("dev3", task="unsafe"))],
         ["RL for all scenarios: more helpful, more harmless, no less able", f"hidden rule (−2 to 3) {show('dev3', 'chat', 'liking', lambda x: f'{x:.2f}')} → {show('r1', 'chat', 'liking', lambda x: f'{x:.2f}')}; declined {show('dev3', 'unsafe', 'pass@1')} → {show('r1', 'unsafe', 'pass@1')}; "
-         f"pass@1 {pass1('dev3')} → {pass1('r1')}; the reward model agrees with people on {spread(p['agrees with people'] for p in pairs)} of held-out pairs, where people are wrong in 10 %",
+         f"pass@1 {pass1('dev3')} → {pass1('r1')}; the reward model agrees with people on {spread(p['agrees with people'] for p in pairs)} of held-out pairs (people themselves err in 10 %)",
          each(lambda a, b, c, d, e, f: b > a and d > c and f > e - 0.03, at("dev3", "liking", "chat"), at("r1", "liking", "chat"), at("dev3", task="unsafe"), at("r1", task="unsafe"), at("dev3"), at("r1"))],
         ["distillation beats RL on the small model", f"pass@1 `distill` {pass1('distill')} against `small_zero` {pass1('small_zero')}", each(lambda a, b: a > b, low, high)],
-        ["thinking is left out where it is not needed", f"`r1` thinks in {show('r1', 'countdown', 'thinks')} of countdown, {show('r1', 'chat', 'thinks')} of chat (a sixth of it is counting) and {show('r1', 'unsafe', 'thinks')} of unsafe requests",
+        ["thinking is left out where it is not needed", f"`r1` thinks in {show('r1', 'countdown', 'thinks')} of countdown, {show('r1', 'chat', 'thinks')} of chat ({counting:.0%} of these requests are to count, which takes thinking) and {show('r1', 'unsafe', 'thinks')} of unsafe requests",
          each(lambda a, b, c: a > 0.95 and b < 0.3 and c < 0.05, at("r1", "thinks"), at("r1", "thinks", "chat"), at("r1", "thinks", "unsafe"))],
         ["an emoji reward is obeyed", f"steps that end with one: `zero` {show('zero', 'countdown', 'emoji')}, `zero_emoji` {show('zero_emoji', 'countdown', 'emoji')}; pass@1 {pass1('zero')} and {pass1('zero_emoji')}",
          each(lambda e, a, b: e >= 0.95 and b > a - 0.03, at("zero_emoji", "emoji"), at("zero"), at("zero_emoji"))]]
