@@ -76,7 +76,9 @@ def gather():
         steps = {int(m[1]): m[0] for m in re.finditer(r"^zero +(\d+)/60 .*?clip \S+", f.read(), re.M)}
     shown = subprocess.run([sys.executable, *SIDE_BY_SIDE.replace("out/", "out1/").split()[1:]], cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "120"}).stdout
     seen = {"log": "\n".join(steps[i] for i in (1, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60)), "side_by_side": shown.replace("out1/", "out/").strip()}
-    return {"seen": seen, "about": {"cpu": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
+    with open(FILE, encoding="utf-8") as f:
+        earlier = json.load(f)["earlier"]  # measured by other commands, with the commit they were measured at: stays as it is
+    return {"earlier": earlier, "seen": seen, "about": {"cpu": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
                       "commit": git("log", "-1", "--format=%h", "--", *[f"{file}.py" for file in ("model", "data", "grpo", "rewards", "train")])}, "runs": runs}
 
 
@@ -116,6 +118,9 @@ def blocks(results):
 
     out.update({name: f"```\n{text}\n```" for name, text in results["seen"].items()})
 
+    out["speed"] = table(results["earlier"]["speed"]["rows"][0], results["earlier"]["speed"]["rows"][1:])
+    out["smollm2"] = f"```\n{results['earlier']['smollm2']['text']}\n```"
+
     rows = []
     for name, run in runs.items():
         task = name.split(",")[0] if "," in name else "countdown"
@@ -151,25 +156,26 @@ def claims(seeds, runs, show, get):
     asked = data.eval_problems(data.DataConfig(), 50, "chat")
     counting = sum(problem.question.startswith("count ") for problem in asked) / len(asked)
     rows = [
-        ["RL alone makes a base reason, and its thinking longer", f"pass@1 {pass1('base')} → {pass1('zero')}; length {show('base', 'countdown', 'length', lambda x: f'{x:.0f}')} → {show('zero', 'countdown', 'length', lambda x: f'{x:.0f}')}",
+        ["RL alone makes a base reason, and its thinking longer", "zero", f"pass@1 {pass1('base')} → {pass1('zero')}; length {show('base', 'countdown', 'length', lambda x: f'{x:.0f}')} → {show('zero', 'countdown', 'length', lambda x: f'{x:.0f}')}",
          each(lambda b, z, m, n: z > b + 0.5 and n > m, at("base"), at("zero"), at("base", "length"), at("zero", "length"))],
-        ["a majority vote beats single samples", f"zero: cons@16 {show('zero', 'countdown', 'cons@16')} against {pass1('zero')}", each(lambda a, b: a > b, at("zero", "cons@16"), at("zero"))],
-        ["R1-Zero mixes languages (its prompts are all English)", f"one language: zero {show('zero', 'countdown', 'consistency')}", each(lambda c: c < 0.9, at("zero", "consistency"))],
-        ["a language reward ends that, and costs a little accuracy", f"one language: `dev2` {show('dev2', 'countdown', 'consistency')}, without the reward (`dev2_free`) {show('dev2_free', 'countdown', 'consistency')}; pass@1 {pass1('dev2')} against {pass1('dev2_free')}",
+        ["a majority vote beats single samples", "zero", f"zero: cons@16 {show('zero', 'countdown', 'cons@16')} against {pass1('zero')}", each(lambda a, b: a > b, at("zero", "cons@16"), at("zero"))],
+        ["R1-Zero mixes languages (its prompts are all English)", "zero", f"one language: zero {show('zero', 'countdown', 'consistency')}", each(lambda c: c < 0.9, at("zero", "consistency"))],
+        ["a language reward ends that, and costs a little accuracy", "dev2 dev2_free", f"one language: `dev2` {show('dev2', 'countdown', 'consistency')}, without the reward (`dev2_free`) {show('dev2_free', 'countdown', 'consistency')}; pass@1 {pass1('dev2')} against {pass1('dev2_free')}",
          each(lambda c: c >= 0.95, at("dev2", "consistency"))],
-        ["a cold start makes text readable at once", f"one language: zero {show('zero', 'countdown', 'consistency')} → `dev1` {show('dev1', 'countdown', 'consistency')}; format {show('dev1', 'countdown', 'format')}; RL then starts from {pass1('dev1')}, not {pass1('base')}",
+        ["a cold start makes text readable at once", "dev1", f"one language: zero {show('zero', 'countdown', 'consistency')} → `dev1` {show('dev1', 'countdown', 'consistency')}; format {show('dev1', 'countdown', 'format')}; RL then starts from {pass1('dev1')}, not {pass1('base')}",
          each(lambda a, b, c, d: b > a and c > d, at("zero", "consistency"), at("dev1", "consistency"), at("dev1"), at("base"))],
-        ["rejection sampling keeps reasoning and adds general tasks", f"pass@1 `dev2` {pass1('dev2')}, `dev3` {pass1('dev3')}; chat {show('dev2', 'chat', 'pass@1')} → {show('dev3', 'chat', 'pass@1')}, unsafe declined {show('dev2', 'unsafe', 'pass@1')} → {show('dev3', 'unsafe', 'pass@1')}",
+        ["rejection sampling keeps reasoning and adds general tasks", "dev3", f"pass@1 `dev2` {pass1('dev2')}, `dev3` {pass1('dev3')}; chat {show('dev2', 'chat', 'pass@1')} → {show('dev3', 'chat', 'pass@1')}, unsafe declined {show('dev2', 'unsafe', 'pass@1')} → {show('dev3', 'unsafe', 'pass@1')}",
          each(lambda a, b, c, d: b > a - 0.05 and c > 0.8 and d > 0.8, at("dev2"), at("dev3"), at("dev3", task="chat"), at("dev3", task="unsafe"))],
-        ["RL for all scenarios: more helpful, more harmless, no less able", f"hidden rule (−2 to 3) {show('dev3', 'chat', 'liking', lambda x: f'{x:.2f}')} → {show('r1', 'chat', 'liking', lambda x: f'{x:.2f}')}; declined {show('dev3', 'unsafe', 'pass@1')} → {show('r1', 'unsafe', 'pass@1')}; "
+        ["RL for all scenarios: more helpful, more harmless, no less able", "r1", f"hidden rule (−2 to 3) {show('dev3', 'chat', 'liking', lambda x: f'{x:.2f}')} → {show('r1', 'chat', 'liking', lambda x: f'{x:.2f}')}; declined {show('dev3', 'unsafe', 'pass@1')} → {show('r1', 'unsafe', 'pass@1')}; "
          f"pass@1 {pass1('dev3')} → {pass1('r1')}; the reward model agrees with people on {spread(p['agrees with people'] for p in pairs)} of held-out pairs (people themselves err in 10 %)",
          each(lambda a, b, c, d, e, f: b > a and d > c and f > e - 0.03, at("dev3", "liking", "chat"), at("r1", "liking", "chat"), at("dev3", task="unsafe"), at("r1", task="unsafe"), at("dev3"), at("r1"))],
-        ["distillation beats RL on the small model", f"pass@1 `distill` {pass1('distill')} against `small_zero` {pass1('small_zero')}", each(lambda a, b: a > b, low, high)],
-        ["thinking is left out where it is not needed", f"`r1` thinks in {show('r1', 'countdown', 'thinks')} of countdown, {show('r1', 'chat', 'thinks')} of chat ({counting:.0%} of these requests are to count, which takes thinking) and {show('r1', 'unsafe', 'thinks')} of unsafe requests",
+        ["distillation beats RL on the small model", "distill small_zero", f"pass@1 `distill` {pass1('distill')} against `small_zero` {pass1('small_zero')}", each(lambda a, b: a > b, low, high)],
+        ["thinking is left out where it is not needed", "r1", f"`r1` thinks in {show('r1', 'countdown', 'thinks')} of countdown, {show('r1', 'chat', 'thinks')} of chat ({counting:.0%} of these requests are to count, which takes thinking) and {show('r1', 'unsafe', 'thinks')} of unsafe requests",
          each(lambda a, b, c: a > 0.95 and b < 0.3 and c < 0.05, at("r1", "thinks"), at("r1", "thinks", "chat"), at("r1", "thinks", "unsafe"))],
-        ["an emoji reward is obeyed", f"steps that end with one: `zero` {show('zero', 'countdown', 'emoji')}, `zero_emoji` {show('zero_emoji', 'countdown', 'emoji')}; pass@1 {pass1('zero')} and {pass1('zero_emoji')}",
+        ["an emoji reward is obeyed", "zero_emoji", f"steps that end with one: `zero` {show('zero', 'countdown', 'emoji')}, `zero_emoji` {show('zero_emoji', 'countdown', 'emoji')}; pass@1 {pass1('zero')} and {pass1('zero_emoji')}",
          each(lambda e, a, b: e >= 0.95 and b > a - 0.03, at("zero_emoji", "emoji"), at("zero"), at("zero_emoji"))]]
-    return (table(["claim", "what says so here", "for every seed"], rows)
+    rows = [[claim, f"`python train.py {stages}`", *found] for claim, stages, *found in rows]
+    return (table(["claim", "run", "what says so here", "for every seed"], rows)
             + f"\n\nThe whole recipe took {sum(runs['seed 3']['minutes'].values()):.0f} minutes for seed 3, which had the two cores for itself; up to `zero` it was {next(iter(runs['seed 3']['minutes'].values())):.1f}.")
 
 
@@ -194,10 +200,10 @@ def main():
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(carry_out, [name for name in RUNS if name.startswith(tuple(args.only.split(";")))]))
         return
-    with open(FILE, "w") as f:
-        json.dump(gather(), f, indent=1)
-    with open(FILE) as f:
-        write_readme(json.load(f))
+    found = gather()
+    with open(FILE, "w", encoding="utf-8") as f:
+        json.dump(found, f, indent=1, ensure_ascii=False)
+    write_readme(found)
 
 
 if __name__ == "__main__":
