@@ -172,7 +172,8 @@ def claims(seeds, runs, show, get):
         ["distillation beats RL on the small model", "distill small_zero", f"pass@1 `distill` {pass1('distill')} against `small_zero` {pass1('small_zero')}", each(lambda a, b: a > b, low, high)],
         ["thinking is left out where it is not needed", "r1", f"`r1` thinks in {show('r1', 'countdown', 'thinks')} of countdown, {show('r1', 'chat', 'thinks')} of chat ({counting:.0%} of these requests are to count, which takes thinking) and {show('r1', 'unsafe', 'thinks')} of unsafe requests",
          each(lambda a, b, c: a > 0.95 and b < 0.3 and c < 0.05, at("r1", "thinks"), at("r1", "thinks", "chat"), at("r1", "thinks", "unsafe"))],
-        ["an emoji reward is obeyed", "zero_emoji", f"steps that end with one: `zero` {show('zero', 'countdown', 'emoji')}, `zero_emoji` {show('zero_emoji', 'countdown', 'emoji')}; pass@1 {pass1('zero')} and {pass1('zero_emoji')}",
+        ["an emoji reward is obeyed", "zero_emoji", f"steps that end with one: `zero` {show('zero', 'countdown', 'emoji')}, `zero_emoji` {show('zero_emoji', 'countdown', 'emoji')}; pass@1 {pass1('zero')} and {pass1('zero_emoji')}, by seed "
+         + ", ".join(f"{100 * (b - a):+.1f}".replace("-", "−") for a, b in zip(at("zero"), at("zero_emoji"))) + " points (bar: −3)",
          each(lambda e, a, b: e >= 0.95 and b > a - 0.03, at("zero_emoji", "emoji"), at("zero"), at("zero_emoji"))]]
     rows = [[claim, f"`python train.py {stages}`", *found] for claim, stages, *found in rows]
     return (table(["claim", "run", "what says so here", "for every seed"], rows)
