@@ -289,7 +289,7 @@ def test_going_on_after_a_miss_is_told_from_giving_up():
 class Prose:
     def __contains__(self, line):
         """Whether a page of prose may begin so: with a whole sentence."""
-        return bool(re.fullmatch(r"\w+ and (\w+: hello \w+ and \w+)|\w+: \w+(, \w+)+|((\w+ )+\w+), again: \3|\w+ has .+ to \w+ a \w+|(\w+ )+\w+|(very )+(\w+ \w+), or \6", line))
+        return bool(re.fullmatch(r"\w+ and (\w+: hello \w+ and \w+)|\w+: \w+(, \w+)+|(?P<words>(\w+ )+\w+), again: (?P=words)|\w+ has .+ to \w+ a \w+|(\w+ )+\w+|(very )+(?P<short>\w+ \w+), or (?P=short)", line))
 
 
 def test_rows_are_packed_with_whole_documents():
