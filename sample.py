@@ -60,7 +60,7 @@ def render(problem, completion, names=tuple(rewards.REWARDS)):
     if thinking is None and answer is None:
         lines += [("plain", line) for line in (completion.strip() or "(nothing)").split("\n")]
     else:
-        lines += [("plain", "thinking")] + [("dim", "    " + line) for line in (thinking or "(none)").strip().split("\n")]
+        lines += [("plain", "thinking")] + [("dim", "    " + line) for line in ((thinking or "").strip() or "(none)").split("\n")]
         lines += [("plain", "answer"), ("right" if right else "wrong", f"    {answer or '(none)'}")]
     return lines + [("plain", "scores"), ("plain", "    " + "  ".join(f"{name} {rewards.REWARDS[name]([problem], [completion])[0]:.3g}" for name in names))]
 

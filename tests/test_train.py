@@ -222,6 +222,7 @@ def test_what_a_model_says_cannot_control_the_terminal():
     import sample
     shown = "".join(line for _, line in sample.render(data.countdown_problem((3, 7), 10), "<think>\033[2J\r\x07</think><answer>3+7</answer>"))
     assert "\033" not in shown and "\r" not in shown and "\x07" not in shown and "3+7" in shown
+    assert ("dim", "    (none)") in sample.render(data.countdown_problem((3, 7), 10), "<think>\n</think>\n<answer>3+7</answer>")
     assert sample.fit("不对 x", 5) == "不对 " and sample.fit("ab", 4) == "ab  " and sample.fit("不对", 3) == "不 "
 
 
