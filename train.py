@@ -535,7 +535,7 @@ def final_evaluation(model, tok, cfg, folder):
         samples += found[:100 * cfg.train.eval_samples]
         if task == main:
             results[task]["pass@1_greedy"] = evaluate(model, tok, problems, 1, g.max_new_tokens, 0.0, cfg.data)[0]["pass@1"]
-    results.update(compare(samples, tok, cfg, folder))
+    results.update(compare(samples, tok, cfg))
     with whole_file(os.path.join(folder, "samples.jsonl")) as f:
         f.write("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples).encode())
     with whole_file(os.path.join(folder, "eval.json")) as f:  # last: what it holds is not evaluated again
@@ -543,7 +543,7 @@ def final_evaluation(model, tok, cfg, folder):
     return results[main]
 
 
-def compare(samples, tok, cfg, folder):
+def compare(samples, tok, cfg):
     """How often a general request's answer is preferred to what dev3 said to the same one, ties counting half: by the hidden rule, and by the
     reward model, which may have been talked round where it says more. Nothing where one of the two is missing."""
     dev3, judge = (os.path.join(cfg.train.out_dir, *names) for names in (("dev3", "samples.jsonl"), ("reward_model", "ckpt.pt")))

@@ -138,7 +138,7 @@ def test_authors_of_the_other_tasks_are_right_just_if_they_say_so(task):
         for a, op, b, c in re.findall(r"(\d+)([-+*])(\d+)=(\d+)", "".join(lines)):
             assert parse_expression(f"{a}{op}{b}")[0] == int(c)
         if habits.checks:
-            said_hit = lines[-1].split(" ")[-1].startswith(("yes", "对了")) or any(word in lines[-1] for word in ("yes", "对了"))
+            said_hit = any(word in lines[-1] for word in ("yes", "对了"))
             assert verify(problem, f"<answer>{answer}</answer>")[1] == said_hit, (problem, lines, answer)
             assert len(lines) - 1 <= habits.patience
             hits += said_hit

@@ -66,7 +66,7 @@ def test_the_new_task_of_the_readme_works_as_written(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "TASKS", dict(data.TASKS))
     monkeypatch.setattr(rewards, "VERIFIERS", dict(rewards.VERIFIERS))
     names = {**vars(rewards), **vars(data)}
-    exec(definition + registration, names)
+    exec(definition + registration, names)  # the README's own code, nothing that a model said
     problem = data.draw_problem(data.DataConfig(task="largest"), train.rng(1)[0])
     assert rewards.verify(problem, f"<answer>{max(problem.numbers)}</answer>")[1] and not rewards.verify(problem, f"<answer>{min(problem.numbers)}</answer>")[1]
     run(tmp_path, "zero", tiny=[*PIPELINE, "--task=largest"])

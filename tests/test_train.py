@@ -364,8 +364,8 @@ def test_an_answer_is_compared_with_dev3s_to_the_same_request(finished, tmp_path
     monkeypatch.setattr(train, "load_model", lambda path, **k: None)
     monkeypatch.setattr(train, "score_texts", lambda model, tok, prompts, completions: [-float(c) for c in completions])
     cfg = train.Config().with_settings({"out_dir": str(tmp_path)})
-    assert train.compare(said([2, 2, 4, 3]), None, cfg, "") == {"against dev3": {"preferred": 2.5 / 4, "preferred by the reward model": 1.5 / 4}}
-    assert train.compare(said([1, 2]), None, cfg, "") == {} == train.compare([], None, cfg, "")  # other requests
+    assert train.compare(said([2, 2, 4, 3]), None, cfg) == {"against dev3": {"preferred": 2.5 / 4, "preferred by the reward model": 1.5 / 4}}
+    assert train.compare(said([1, 2]), None, cfg) == {} == train.compare([], None, cfg)  # other requests
 
 
 def test_a_task_without_a_corpus_is_refused_where_a_base_is_to_be_trained(tmp_path, capsys):
