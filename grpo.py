@@ -1,232 +1,333 @@
-"""Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300; DeepSeek-R1, arXiv 2501.12948).
+"""Group Relative Policy Optimization (GRPO), arXiv 2402.03300: how DeepSeek-R1-Zero was trained.
 
-For every prompt q sample a group of G completions o_1..o_G from the policy, reward each, and compare
-each with its own group; there is no value network.
+The words:
+    policy       the language model that is being trained
+    completion   what it samples after a prompt, token by token, up to its end token
+    rollout      sampling completions from the policy as it is now; also what comes of it
+    group        the G completions of one problem's prompt
+    reward       one number that says how good a completion is; here rules compute it
+    advantage    how much better a completion is than the average of its group
+    reference    a frozen copy of the policy from before RL
+    KL           how far the policy has moved away from the reference
 
-    A_i   = (r_i - mean(r)) / std(r)                                    over the group         (1)
-    rho_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)                                          (2)
-    L_t   = -min(rho_t * A_i, clip(rho_t, 1 - eps_low, 1 + eps_high) * A_i)                    (3)
-    kl_t  = pi_ref/pi - log(pi_ref/pi) - 1        >= 0, unbiased for KL(pi || pi_ref)           (4)
-    loss  = mean over sequences of the mean over tokens of  L_t + beta * kl_t                  (5)
+Why it works. RL wants a higher expected reward, and the reward has no gradient: it comes from
+text. But the gradient of an expectation over samples can itself be estimated from samples:
 
-One step, top to bottom in this file: `rollout` samples and rewards, `group_advantages` is (1), `grpo_loss` is
-(2)-(5), `grpo_step` turns one rollout into optimiser steps. Token ids only: prompts come in as ids, and
-what a completion is worth is the business of the `reward_fn` that train.py hands in.
+    grad E[r] = grad sum_o pi(o) r(o) = sum_o pi(o) r(o) grad log pi(o) = E[r(o) grad log pi(o)]
+
+So sample, and raise each sample's log-prob in proportion to its reward. Subtracting a baseline from
+the reward leaves this expectation as it is and takes away most of its noise. PPO trains a second
+network to guess a good baseline; GRPO takes the mean of the group.
+
+For every problem q sample o_1 ... o_G from the policy pi_old and reward them with r_1 ... r_G. Then
+
+    A_i   = (r_i - mean(r)) / std(r)                                       over the group        (1)
+    rho_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)                      of each token         (2)
+    L_t   = -min(rho_t A_i, clip(rho_t, 1 - eps_low, 1 + eps_high) A_i)                          (3)
+    kl_t  = pi_ref/pi - log(pi_ref/pi) - 1                                 of each token, >= 0   (4)
+    loss  = mean over completions of the mean over their tokens of  L_t + beta kl_t              (5)
+
+The gradient of rho_t at pi = pi_old is that of log pi, so (3) is the identity above; the clip
+stops a token once it has moved by eps, which can only happen when a rollout is used for several
+steps.
+
+Read on in the order in which the code runs: settings, `train_grpo` (the loop), then what it calls:
+`group_advantages` (1), `update_policy`, `grpo_loss` (2)-(5). Token ids only: `env`, which train.py
+hands in, draws problems, turns ids into text, and rewards texts.
 """
 import math
+import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-from model import BadInput, opt, token_logps
+from model import (
+    Completion,
+    UserError,
+    apply_gradients,
+    generate,
+    generators,
+    make_optimizers,
+    opt,
+    sampling_copy,
+    set_lr,
+    sync_weights,
+    token_logps,
+)
 
 
 @dataclass
 class GRPOConfig:
-    prompts_per_step: int = opt(16, "P, problems in a rollout")
-    group_size: int = opt(16, "G, completions sampled for each problem")
-    max_new_tokens: int = opt(340, "longest completion, in tokens")
-    temperature: float = opt(1.0, "for sampling and for every log-prob alike")
-    adv_norm: str = opt("std", "std: divide by the group's standard deviation (GRPO); none: do not (Dr. GRPO)")
-    clip_low: float = opt(0.2, "eps_low: the ratio's lower clip is 1 - clip_low")
-    clip_high: float = opt(0.2, "eps_high: the upper clip is 1 + clip_high (DAPO: 0.28)")
-    kl_coef: float = opt(0.001, "beta, weight of the KL penalty to the reference; 0 = no reference is held")
-    loss_norm: str = opt("sequence", "sequence: mean of means (GRPO); token: all tokens alike (DAPO); constant: / max_new_tokens (Dr. GRPO)")
-    inner_epochs: int = opt(1, "passes over a rollout")
-    minibatches: int = opt(1, "optimiser steps a pass; more than 1 makes the later ones off-policy")
-    mask_truncated: bool = opt(False, "completions cut at max_new_tokens count in the baseline but not in the loss")
-    resample_equal: int = opt(0, "times to replace groups whose rewards are all equal (DAPO's dynamic sampling)")
-    ref_every: int = opt(0, "steps between copies of the policy into the reference; 0 = never")
-    micro_tokens: int = opt(2048, "tokens in a forward/backward pass, padding included; changes memory, not gradients")
-    max_grad_norm: float = opt(1.0, "gradient norm is clipped to this")
+    rl_steps: int = opt(60, "GRPO steps", least=1)
+    rl_lr: float = opt(1e-3, "learning rate of GRPO", above=0, most=1)
+    rl_warmup: int = opt(5, "steps in which it rises to that", least=1)
+    rl_hold: int = opt(15, "step after which it falls as 1/sqrt(step)", least=1)
+    rl_optimizer: str = opt("muon", "muon: for matrices, AdamW for the rest; adamw: for everything",
+                            choices=("muon", "adamw"))
+    eval_every: int = opt(20, "GRPO steps between short evaluations; 0: none", least=0)
+    prompts_per_step: int = opt(16, "P, problems per step", least=1)
+    group_size: int = opt(16, "G, completions sampled for each problem", least=1)
+    max_new_tokens: int = opt(340, "longest completion, in tokens", least=1)
+    temperature: float = opt(1.0, "of sampling, and of every log-prob", above=0)
+    adv_norm: str = opt("std", "std: divide by the group's std (GRPO); none: do not (Dr. GRPO)",
+                        choices=("std", "none"))
+    clip_low: float = opt(0.2, "eps_low: the ratio is clipped below at 1 - this", least=0, most=1)
+    clip_high: float = opt(0.2, "eps_high: ... and above at 1 + this (DAPO: 0.28)", least=0)
+    kl_coef: float = opt(0.001, "beta, weight of the KL to the reference; 0: no reference", least=0)
+    loss_norm: str = opt("sequence", "sequence: mean over completions of token means (GRPO); "
+                         "token: token-level mean (DAPO); constant: sum over tokens / "
+                         "(completions x max_new_tokens) (Dr. GRPO)",
+                         choices=("sequence", "token", "constant"))
+    inner_epochs: int = opt(1, "passes over a rollout", least=1)
+    minibatches: int = opt(1, "optimiser steps per pass", least=1)
+    mask_truncated: bool = opt(False, "truncated completions are left out of the loss, though not "
+                               "out of the baseline")
+    dynamic_sampling: int = opt(0, "times to replace zero-variance groups per step (DAPO)",
+                                least=0, most=1000)
+    ref_every: int = opt(0, "steps between copies of the policy into the reference; 0: none",
+                         least=0)
+    micro_tokens: int = opt(2048, "tokens per forward and backward pass, padding included; changes "
+                            "memory, not gradients", least=1)
+    max_grad_norm: float = opt(1.0, "gradients are clipped to this norm", above=0)
 
-    def check(self):
-        """Raises BadInput, naming the field, on a value the loop cannot run with."""
-        for name in ("prompts_per_step", "group_size", "max_new_tokens", "inner_epochs", "minibatches", "micro_tokens"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name}={getattr(self, name)} must be at least 1")
-        if not self.temperature > 0:
-            raise BadInput(f"temperature={self.temperature} must be above 0: RL learns from differences between samples")
-        for name, least, most in (("clip_low", 0, 1), ("clip_high", 0, 1e9), ("kl_coef", 0, 1e9), ("max_grad_norm", 1e-12, 1e12), ("resample_equal", 0, 1000), ("ref_every", 0, 1e9)):
-            if not least <= getattr(self, name) <= most:
-                raise BadInput(f"{name}={getattr(self, name)} must lie between {least:g} and {most:g}")
-        if self.adv_norm not in ("std", "none"):
-            raise BadInput(f"adv_norm={self.adv_norm!r} is not std or none")
-        if self.loss_norm not in ("sequence", "token", "constant"):
-            raise BadInput(f"loss_norm={self.loss_norm!r} is not sequence, token or constant")
-
-
-# ------------------------------------------------------------------------------------------------
-# Sampling and rewarding
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """N = P * G completions; row i belongs to problem i // G. The per-token tensors are (N, T-1), entry t
-    speaking of tokens[:, t+1], the token that the model predicts from tokens[:, :t+1]."""
-    tokens: torch.Tensor     # (N, T) prompt + completion, right-padded
-    mask: torch.Tensor       # (N, T-1) True where a completion token, end token included, is predicted
-    logp_old: torch.Tensor   # (N, T-1) log-prob it was sampled with
-    truncated: torch.Tensor  # (N,) True where no end token came
-    rewards: torch.Tensor    # (P, G)
-    parts: dict              # {reward's name: (P, G)}
+    def rules(self):
+        """Raises UserError if a rollout cannot be split into so many minibatches."""
+        samples = self.prompts_per_step * self.group_size
+        if self.minibatches > samples:
+            raise UserError(f"minibatches={self.minibatches} is more than a step's completions, "
+                            f"{samples}")
 
 
-def rollout(model, problems, prompts, reward_fn, cfg, generator, stop_ids, pad_id=0):
-    """Samples G completions of each prompt (lists of ids) and rewards them -> Rollout.
-    `reward_fn(problems, completions)` gets N problems and N lists of ids; it returns N rewards and their parts."""
-    G = cfg.group_size
-    out = model.generate(prompts, G, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                         stop_ids=stop_ids, generator=generator, pad_id=pad_id)
-    rewards, parts = reward_fn([p for p in problems for _ in range(G)], out.completions())
-    as_groups = lambda values: torch.tensor(values, dtype=torch.float64).view(-1, G)
-    return Rollout(out.tokens, out.mask[:, 1:], out.logp[:, 1:], out.truncated,
-                   as_groups(rewards), {name: as_groups(values) for name, values in parts.items()})
+@dataclass
+class Sample(Completion):
+    """A completion (its prompt, ids, logps, truncated) and what became of it."""
+    text: str = ""       # what the reward reads
+    reward: float = 0.0  # the weighted sum of its parts
+    parts: dict = field(default_factory=dict)  # {name of a reward: its value}
+    adv: float = 0.0     # equation (1)
 
-
-def resample_equal_groups(batch, sample, times):
-    """DAPO's dynamic sampling: groups whose rewards are all equal give way, at most `times` times over, to
-    new ones from `sample(n)` -> a Rollout of n problems. They have no advantage, so no gradient is lost."""
-    for _ in range(times):
-        useful = group_advantages(batch.rewards).any(dim=1)  # (P,)
-        if useful.all():
-            break
-        batch = join(select(batch, useful), sample(int((~useful).sum())))
-    return batch
-
-
-def select(batch, groups):
-    """The rollout of some problems only: `groups` (P,) is True for those to keep."""
-    rows = groups.repeat_interleave(batch.rewards.shape[1]).to(batch.tokens.device)
-    return Rollout(batch.tokens[rows], batch.mask[rows], batch.logp_old[rows], batch.truncated[rows],
-                   batch.rewards[groups], {name: values[groups] for name, values in batch.parts.items()})
-
-
-def join(a, b):
-    """Two rollouts as one, padded to the longer; what is padded lies outside the mask."""
-    T = max(a.tokens.shape[1], b.tokens.shape[1])
-    stack = lambda x, y, T: torch.cat([F.pad(x, (0, T - x.shape[1])), F.pad(y, (0, T - y.shape[1]))])
-    return Rollout(stack(a.tokens, b.tokens, T), stack(a.mask, b.mask, T - 1), stack(a.logp_old, b.logp_old, T - 1),
-                   torch.cat([a.truncated, b.truncated]), torch.cat([a.rewards, b.rewards]),
-                   {name: torch.cat([values, b.parts[name]]) for name, values in a.parts.items()})
+    def __len__(self):
+        return len(self.prompt) + len(self.ids)
 
 
 # ------------------------------------------------------------------------------------------------
-# The mathematics
+# The loop
+
+
+def train_grpo(policy, ref, env, run, cfg):
+    """Trains `policy` in place. `ref` is the reference, None if cfg.kl_coef is 0. `env` has
+    draw(rng) -> (problem, its prompt's ids), decode(ids) -> text, reward(problems, texts) ->
+    (rewards, a dict of parts for each) and stop_ids. `run` resumes, logs, evaluates and saves."""
+    P, G = cfg.prompts_per_step, cfg.group_size
+    optimizers = make_optimizers(policy, cfg.rl_lr, cfg.rl_optimizer)
+    start = run.resume(policy, optimizers, ref)
+    sampler = sampling_copy(policy, run.sample_dtype)  # the policy itself; on a GPU, in bfloat16
+    steps = range(start, cfg.rl_steps)
+    for step in tqdm(steps, run.name, cfg.rl_steps, initial=start, disable=None):
+        t0 = time.time()
+        rng, generator = generators(run.seed, run.name, step)
+        decay = (cfg.rl_hold / (step + 1)) ** 0.5
+        set_lr(optimizers, cfg.rl_lr * min((step + 1) / cfg.rl_warmup, 1.0, decay))
+        sync_weights(sampler, policy)
+
+        sampled, groups = [], []  # all groups of this step, and those that it learns from
+        for _ in range(1 + cfg.dynamic_sampling):
+            groups = [group for group in groups if any(sample.adv for sample in group)]
+            if len(groups) == P:
+                break
+
+            # ---- Sample: G completions of each problem, from the whole softmax: no top-k, no top-p
+            drawn = [env.draw(rng) for _ in range(P - len(groups))]
+            completions = generate(sampler, [prompt for _, prompt in drawn], G, cfg.max_new_tokens,
+                                   cfg.temperature, env.stop_ids, generator)
+            samples = [Sample(**vars(c), text=env.decode(c.ids)) for c in completions]
+
+            # ---- Reward: rules read the text; what comes back are numbers without a gradient
+            problems = [problem for problem, _ in drawn for _ in range(G)]
+            rewards, parts = env.reward(problems, [sample.text for sample in samples])
+
+            # ---- Advantage: each completion against its own group, equation (1)
+            by_group = torch.tensor(rewards, dtype=torch.float64).view(-1, G)
+            adv = group_advantages(by_group, cfg.adv_norm).flatten().tolist()
+            for i, sample in enumerate(samples):
+                sample.reward, sample.parts, sample.adv = rewards[i], parts[i], adv[i]
+            new = [samples[i:i + G] for i in range(0, len(samples), G)]
+            sampled, groups = sampled + new, groups + new
+
+        # ---- Update: raise the log-probs of what was better than its group, lower the others
+        t1 = time.time()
+        update = update_policy(policy, ref, optimizers, groups, cfg, generator)
+        if ref is not None and cfg.ref_every and (step + 1) % cfg.ref_every == 0:
+            ref.load_state_dict(policy.state_dict())
+
+        # ---- Log, save, evaluate
+        took = time.time() - t0
+        run.seconds += took
+        log_step(run, step + 1, sampled, groups, update, took, took - (t1 - t0), cfg)
+        run.end_step(step + 1, cfg.rl_steps, policy, optimizers, ref if cfg.ref_every else None)
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.rl_steps:
+            sync_weights(sampler, policy)
+            run.evaluate(sampler)
 
 
 def group_advantages(rewards, adv_norm="std"):
-    """Equation (1): rewards (P, G) -> advantages (P, G), float32. The std is the population's (ddof 0).
-    A group whose rewards are equal up to rounding teaches nothing: exactly 0, as for G = 1."""
+    """Equation (1): rewards (P, G) -> advantages (P, G), float32. The std is the population's
+    (ddof 0). A group whose rewards are equal up to rounding gets exactly 0, and so does a group of
+    one."""
     rewards = rewards.double()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     std = rewards.std(dim=1, keepdim=True, correction=0)
-    equal = std <= 1e-6 * rewards.abs().amax(dim=1, keepdim=True).clamp(min=1)
+    scale = rewards.abs().amax(dim=1, keepdim=True).clamp(min=1)
     adv = centred / std if adv_norm == "std" else centred
-    return torch.where(equal, 0.0, adv).float()
-
-
-def token_weights(mask, cfg):
-    """Equation (5)'s averages as one weight a token, (N, T), so that the loss is a plain sum.
-    Made once for the whole batch of an optimiser step: micro-batches then add up to the same gradient."""
-    mask = mask.double()
-    N = len(mask)
-    if cfg.loss_norm == "token":
-        return mask / mask.sum().clamp(min=1)
-    if cfg.loss_norm == "constant":
-        return mask / (N * cfg.max_new_tokens)
-    return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / N
-
-
-def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
-    """Equations (2)-(5): log-probs and mask (N, T), advantages (N,) -> (loss, metrics as floats).
-    `logp_ref` may be None if cfg.kl_coef is 0. `weights` (N, T) are the rows' share of a larger batch's
-    `token_weights`; loss and metrics of the parts then sum to those of the whole."""
-    mask, adv = mask.bool(), adv[:, None]
-    weights = (token_weights(mask, cfg) if weights is None else weights).to(logp.dtype)
-
-    # What lies outside the mask is padding or prompt: set to 0 before exp, or an inf there would survive as inf * 0.
-    log_ratio = (logp - logp_old).masked_fill(~mask, 0.0)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
-    policy_loss = -torch.min(ratio * adv, clipped * adv)
-
-    if logp_ref is None:
-        kl = torch.zeros_like(ratio)
-    else:
-        ref_log_ratio = (logp_ref - logp).masked_fill(~mask, 0.0)
-        kl = ref_log_ratio.exp() - ref_log_ratio - 1
-
-    loss = (weights * (policy_loss + cfg.kl_coef * kl)).sum()
-
-    with torch.no_grad():
-        was_clipped = clipped * adv < ratio * adv  # where the min chose the clip: no gradient from these tokens
-        metrics = {
-            "loss": loss.item(),
-            "kl": (weights * kl).sum().item(),
-            "clip": (weights * was_clipped).sum().item(),
-            "ratio": (weights * ratio).sum().item(),
-            "entropy": -(weights * logp_old.masked_fill(~mask, 0.0)).sum().item(),  # -log p of samples is unbiased for it
-        }
-    return loss, metrics
+    return torch.where(std <= 1e-6 * scale, 0.0, adv).float()  # or rounding would be blown up to 1
 
 
 # ------------------------------------------------------------------------------------------------
-# The step
+# The update
 
 
-def micro_batches(rows, lengths, budget):
-    """Splits row indices into chunks of at most `budget` padded tokens, neighbours in length together."""
-    rows = rows[lengths[rows].argsort(descending=True)]
-    while len(rows):
-        n = max(1, budget // int(lengths[rows[0]]))  # the first is the longest, and sets the padding
-        yield rows[:n]
-        rows = rows[n:]
-
-
-def apply_gradients(model, optimizers, max_grad_norm):
-    """Clips the gradients, takes one optimiser step and clears them -> (their norm, 0 or 1 for skipped). Gradients that are not
-    finite are dropped: one such step would leave nothing but NaN."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-    finite = math.isfinite(grad_norm)
-    for optimizer in optimizers:
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return grad_norm, int(not finite)
-
-
-def grpo_step(model, ref, optimizers, batch, cfg, generator):
-    """One rollout's optimiser steps; `ref` is None if cfg.kl_coef is 0. Returns the metrics as
-    floats, averaged over the whole step and not its last micro-batch."""
-    adv = group_advantages(batch.rewards, cfg.adv_norm).flatten().to(batch.tokens.device)  # of all, before any is left out
-    mask = batch.mask & ~batch.truncated[:, None] if cfg.mask_truncated else batch.mask
-    ends = torch.arange(2, batch.tokens.shape[1] + 1, device=mask.device)  # entry t of the mask is token t + 1, so it ends a row of t + 2
-    lengths = (batch.mask.int() * ends).amax(dim=1)  # of prompt + completion, without padding
-    N, n_steps, total = len(adv), 0, Counter()  # a Counter's update adds
-    logp_ref = torch.zeros_like(batch.logp_old) if ref is not None else None
-
-    for epoch in range(cfg.inner_epochs):
-        order = torch.randperm(N, generator=generator).to(mask.device)
-        for minibatch in order.chunk(cfg.minibatches):
-            # Equation (5)'s averages are over all that this optimiser step learns from, so they are taken before it is cut into micro-batches.
-            weights = torch.zeros_like(batch.logp_old, dtype=torch.float64)
-            weights[minibatch] = token_weights(mask[minibatch], cfg)
-            for rows in micro_batches(minibatch, lengths, cfg.micro_tokens):
-                T = int(lengths[rows].max())
-                cut = lambda x: x[rows, :T - 1]
-                tokens = batch.tokens[rows, :T]
-                logp = token_logps(model, tokens, cfg.temperature, cut(mask))
-                if ref is not None and epoch == 0:  # the reference stands still: once a rollout is enough
+def update_policy(policy, ref, optimizers, groups, cfg, generator):
+    """Learns from a rollout: cfg.inner_epochs times cfg.minibatches optimiser steps -> metrics,
+    each averaged over all of these steps and not only the last micro-batch."""
+    samples = [sample for group in groups for sample in group]
+    device, n_steps = next(policy.parameters()).device, cfg.inner_epochs * cfg.minibatches
+    total = Counter(loss=0.0, ratio=0.0, kl=0.0, clip=0.0, entropy=0.0)  # its update adds
+    for _ in range(cfg.inner_epochs):
+        order = torch.randperm(len(samples), generator=generator)
+        for rows in order.tensor_split(cfg.minibatches):
+            batch = [samples[i] for i in rows]
+            if cfg.mask_truncated:
+                batch = [sample for sample in batch if not sample.truncated]
+            batch.sort(key=len, reverse=True)  # rows of like length together: little padding
+            n_tokens = torch.tensor([len(sample.ids) for sample in batch])
+            # Equation (5) averages over the whole batch, so its weights are computed before that is
+            # cut into micro-batches, whose gradients then add up to those of the batch.
+            weights = token_weights(n_tokens, len(rows), cfg)
+            share = n_tokens / n_tokens.sum()
+            i = 0
+            while i < len(batch):
+                n = max(1, cfg.micro_tokens // len(batch[i]))  # the first is the longest
+                tokens, mask, logp_old, adv = collate(batch[i:i + n], device)
+                logp = token_logps(policy, tokens, cfg.temperature, mask)
+                logp_ref = None
+                if ref is not None:
                     with torch.no_grad():
-                        logp_ref[rows, :T - 1] = token_logps(ref, tokens, cfg.temperature, cut(mask))
-                loss, metrics = grpo_loss(logp, cut(batch.logp_old), cut(logp_ref) if ref is not None else None,
-                                          adv[rows], cut(mask), cfg, cut(weights))
+                        logp_ref = token_logps(ref, tokens, cfg.temperature, mask)
+                loss, means = grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights[i:i + n])
                 loss.backward()
-                total.update(metrics)
-            grad_norm, skipped = apply_gradients(model, optimizers, cfg.max_grad_norm)
+                part = share[i:i + n].sum().item()  # of the batch's tokens
+                total.update({name: part * mean for name, mean in means.items()}, loss=loss.item())
+                i += n
+            grad_norm, skipped = apply_gradients(policy, optimizers, cfg.max_grad_norm)
             total.update(grad_norm=grad_norm, skipped=skipped)
-            n_steps += 1
     return {name: value / n_steps for name, value in total.items()}
+
+
+def collate(samples, device):
+    """N samples as right-padded tensors: tokens (N, T); for the T-1 tokens that the model
+    predicts, tokens[:, 1:], the mask of the completions' (end tokens included: stopping is learnt,
+    too) and the log-probs that they were sampled with, both (N, T-1); advantages (N,)."""
+    tokens = pad_sequence([torch.tensor(s.prompt + s.ids) for s in samples], batch_first=True)
+    starts = torch.tensor([len(s.prompt) for s in samples])[:, None]
+    ends = torch.tensor([len(s) for s in samples])[:, None]
+    column = torch.arange(1, tokens.shape[1])  # of the predicted tokens
+    mask = (column >= starts) & (column < ends)
+    logp_old = torch.zeros(mask.shape).masked_scatter(mask, torch.cat([s.logps for s in samples]))
+    adv = torch.tensor([s.adv for s in samples])
+    return tokens.to(device), mask.to(device), logp_old.to(device), adv.to(device)
+
+
+def token_weights(n_tokens, N, cfg):
+    """What one token of each completion counts in the loss: lengths (n,) of the completions that an
+    optimiser step learns from -> (n,), float64. `N` counts those that were left out as well."""
+    n_tokens = n_tokens.double()
+    if cfg.loss_norm == "token":
+        return torch.ones_like(n_tokens) / n_tokens.sum()
+    if cfg.loss_norm == "constant":
+        return torch.ones_like(n_tokens) / (N * cfg.max_new_tokens)
+    return 1 / n_tokens / N
+
+
+def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
+    """Equations (2)-(5): log-probs and mask (N, T), advantages (N,) -> (loss, metrics as floats,
+    means over the mask's tokens). `logp_ref` may be None if cfg.kl_coef is 0. `weights` (N,) are
+    the rows' share of a larger batch's `token_weights`, so that its parts' losses sum to the
+    whole's."""
+    mask, adv = mask.bool(), adv[:, None]
+    if weights is None:
+        weights = token_weights(mask.sum(dim=1).clamp(min=1), len(mask), cfg)
+    weights = (weights.to(mask.device)[:, None] * mask).to(logp.dtype)  # (N, T)
+
+    # (2) At default settings this ratio is 1: the policy is still the one that sampled, and only
+    # the gradient matters. It leaves 1 from the second optimiser step on a rollout on
+    # (inner_epochs, minibatches), and wherever sampling rounds otherwise than training (bfloat16);
+    # dividing by the sampler's own log-probs then corrects for the difference. Padding is set to 0
+    # before exp, or an inf there would survive as inf * 0.
+    log_ratio = (logp - logp_old).masked_fill(~mask, 0.0)
+    ratio = log_ratio.exp()
+
+    # (3) The min takes the clipped term only where that is worse, so a token that has moved too
+    # far in the wrong direction is still pulled back.
+    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
+    policy_loss = -torch.min(ratio * adv, clipped * adv)
+
+    # (4) "k3" (Schulman 2020). On the policy's own samples its value averages to KL(pi || pi_ref),
+    # but its gradient to that of KL(pi_ref || pi): as published, and near pi_ref much the same.
+    kl = torch.zeros_like(ratio)
+    if logp_ref is not None:
+        ref_log_ratio = (logp_ref - logp).masked_fill(~mask, 0.0)
+        kl = ref_log_ratio.exp() - ref_log_ratio - 1
+
+    # (5)
+    loss = (weights * (policy_loss + cfg.kl_coef * kl)).sum()
+
+    with torch.no_grad():
+        was_clipped = clipped * adv < ratio * adv  # no gradient from these tokens
+        # -log pi_old of what was sampled is an unbiased estimate of the entropy.
+        values = torch.stack([ratio, kl, was_clipped.to(ratio), -logp_old.to(ratio)])
+        means = values.masked_fill(~mask, 0.0).sum(dim=(1, 2)) / mask.sum().clamp(min=1)
+    return loss, dict(zip(("ratio", "kl", "clip", "entropy"), means.tolist(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------
+# The log
+
+
+def log_step(run, step, sampled, groups, update, took, update_s, cfg):
+    """One line of metrics.jsonl, and its most telling figures as a row on the terminal. Every tenth
+    step the first group goes to rollouts.jsonl, for people to read."""
+    samples = [sample for group in sampled for sample in group]
+    n = len(samples)
+    parts = {}
+    for name in samples[0].parts:  # nan: this reward has nothing to say of this problem
+        values = [s.parts[name] for s in samples if not math.isnan(s.parts[name])]
+        parts[name] = sum(values) / len(values) if values else math.nan
+    same = [group for group in sampled if not any(sample.adv for sample in group)]
+    right = [group[0].parts.get("accuracy") for group in same]
+    metrics = {
+        "step": step, "reward": sum(s.reward for s in samples) / n,
+        **{f"reward/{name}": value for name, value in parts.items()},
+        "length": sum(len(s.ids) for s in samples) / n,
+        "truncated": sum(s.truncated for s in samples) / n,
+        "zero_variance": len(same) / len(sampled),  # groups that teach nothing, and of these
+        "all_right": right.count(1) / len(sampled), "all_wrong": right.count(0) / len(sampled),
+        **update, "tokens_per_s": sum(len(s.ids) for group in groups for s in group) / took,
+        "sample_s": took - update_s, "update_s": update_s, "seconds": run.seconds}
+    row = {"step": f"{step}/{cfg.rl_steps}", "reward": f"{metrics['reward']:.2f}"}
+    row |= {name: f"{value:.2f}" for name, value in parts.items()}
+    row |= {"length": f"{metrics['length']:.1f}", "kl": f"{update['kl']:.3f}",
+            "entropy": f"{update['entropy']:.2f}", "grad": f"{update['grad_norm']:.2f}"}
+    if update["skipped"]:
+        row["grad"] = "SKIPPED"
+    if cfg.inner_epochs * cfg.minibatches > 1:
+        row["clip"] = f"{update['clip']:.3f}"
+    row |= {"zero-var": f"{metrics['zero_variance']:.2f}", "cut": f"{metrics['truncated']:.2f}",
+            "tok/s": f"{metrics['tokens_per_s']:.0f}", "sec": f"{took:.1f}"}
+    run.log(metrics, row)
+    if step % 10 == 1:
+        for s in groups[0]:
+            line = {"step": step, "text": s.text, "reward": s.reward, **s.parts, "adv": s.adv}
+            run.append("rollouts.jsonl", line)

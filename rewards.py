@@ -1,9 +1,10 @@
-"""What a completion earns: rules, and a reward model of what people prefer. Every reward is (problems, completions) -> list[float].
+"""What a completion earns: rules, and a reward model. A reward is (problems, texts) -> list[float].
 
-Completions are hostile input. They are bounded, parsed by hand and never evaluated; any text at all
-gets a score, and quickly. Arithmetic is exact: 8/(3-8/3) makes 24 and nothing else does by rounding.
+Completions are hostile input. They are bounded, parsed by hand and never evaluated; any text gets a
+score, and quickly. Arithmetic is exact: 8/(3-8/3) makes 24 and nothing else does by rounding.
 
-    python -c "import data, rewards; print(rewards.accuracy([data.countdown_problem((3, 7, 2), 20)], ['<answer>(3+7)*2</answer>']))"
+    python -c "import data, rewards; p = data.countdown_problem((3, 7, 2), 20); \
+               print(rewards.accuracy([p], ['<answer>(3+7)*2</answer>']))"
 """
 import math
 import re
@@ -14,8 +15,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import GENERAL, core, is_right_reply
-from model import BadInput, opt
+import data
+from data import BOAST, FRIENDLY, GENERAL, KINDS, WORDS
+from model import GPT, UserError, opt
 
 MAX_COMPLETION = 200_000  # characters; what is longer has neither thinking nor answer
 MAX_ANSWER = 120  # characters; keeps an honest answer and bounds what the parser can be made to do
@@ -25,19 +27,17 @@ MAX_ANSWER = 120  # characters; keeps an honest answer and bounds what the parse
 class RewardConfig:
     w_accuracy: float = opt(1.0, "weight of a right answer")
     w_format: float = opt(0.5, "weight of <think>...</think><answer>...</answer>")
-    w_language: float = opt(0.0, "weight of the share of the thinking's words that are in the question's language")
-    w_length: float = opt(0.0, "weight of the penalty for completions that grow too long")
-    w_emoji: float = opt(0.0, "weight of the share of the thinking's steps that end with an emoji")
+    w_language: float = opt(0.0, "weight of the share of the thinking's words that are in the "
+                            "question's language")
+    w_length: float = opt(0.0, "weight of the soft overlong penalty")
+    w_emoji: float = opt(0.0, "weight of the share of the thinking's lines that end with an emoji")
     w_preference: float = opt(0.0, "weight of the reward model's score, for general requests")
     w_harmless: float = opt(0.0, "weight of declining unsafe requests")
 
-    def check(self):
-        """Raises BadInput if no reward has a weight, or one is not finite."""
-        for name, weight in vars(self).items():
-            if not math.isfinite(weight):
-                raise BadInput(f"{name}={weight} is not a finite number")
+    def rules(self):
+        """Raises UserError if no reward has a weight."""
         if not any(vars(self).values()):
-            raise BadInput("all reward weights are 0: set --w_accuracy, or another, above 0")
+            raise UserError("all reward weights are 0: set --w_accuracy, or another, above 0")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -48,14 +48,15 @@ TAG = re.compile(f"({'|'.join(TAGS)})")
 
 
 def split_at_tags(text):
-    """The tags of a text in order, and the parts between them, both lists. Stops after five tags: already wrong."""
+    """The tags of a text in order, and the parts between them, both lists. Stops after five tags:
+    already wrong."""
     pieces = TAG.split(text, maxsplit=5) if len(text) <= MAX_COMPLETION else [text]
     return pieces[1::2], pieces[0::2]
 
 
 def split_completion(text):
-    """(thinking, answer) of a completion, each None where it is missing. Tags out of order, nested, doubled
-    or left open make both None: an answer that could be read two ways is no answer."""
+    """(thinking, answer) of a completion, each None where it is missing. Tags out of order, nested,
+    doubled or left open make both None: an answer that could be read two ways is no answer."""
     tags, parts = split_at_tags(text)
     if tags == TAGS:
         return parts[1], parts[3].strip()
@@ -68,17 +69,37 @@ def split_completion(text):
     return None, None
 
 
+def has_format(text):
+    """Whether it is <think>...</think><answer>...</answer>, with an answer and nothing around
+    it."""
+    tags, parts = split_at_tags(text)
+    if tags != TAGS:
+        return False
+    before, _, between, answer, after = parts
+    return bool(answer.strip()) and not (before + between + after).strip()
+
+
+MISS = tuple(word.strip() for word in WORDS["miss"])
+VERDICT = re.compile("|".join(word.strip() for word in WORDS["miss"] + WORDS["hit"]))
+
+
+def retries(text):
+    """Whether a completion checks a result against the target, misses, and checks another."""
+    return any(verdict.startswith(MISS) for verdict in VERDICT.findall(text)[:-1])
+
+
 # ------------------------------------------------------------------------------------------------
-# Verifiers: (problem, answer) -> (the answer in normal form or None, whether it is right)
+# Verifiers: (problem, answer) -> (the answer in canonical form or None, whether it is right)
 
 
 def parse_expression(text, x=None):
-    """Whole numbers, + - * / and brackets -> (value, numbers used, normal form), or None if it is anything
-    else, too long, or divides by zero. The normal form does not depend on the order of summands and factors.
-    Where `x` is a number, the letter x stands for it."""
+    """Whole numbers, + - * / and brackets -> (value, numbers used, canonical form), or None if it
+    is anything else, too long, or divides by zero. The canonical form does not depend on the order
+    of summands and factors. Where `x` is a number, the letter x stands for it."""
     if len(text) > MAX_ANSWER:
         return None
-    tokens, numbers = re.findall(r"[0-9]+|\S", text.translate(str.maketrans("×÷−", "*/-")))[::-1], []
+    text = text.translate(str.maketrans("×÷−", "*/-"))
+    tokens, numbers = re.findall(r"[0-9]+|\S", text)[::-1], []
 
     def atom():
         token = tokens.pop() if tokens else ""
@@ -101,8 +122,10 @@ def parse_expression(text, x=None):
         value, form = operand()
         while tokens and tokens[-1] in ops:
             op, (other, other_form) = tokens.pop(), operand()
-            value = {"+": value.__add__, "-": value.__sub__, "*": value.__mul__, "/": value.__truediv__}[op](other)
-            form = "(" + op.join(sorted((form, other_form)) if op in "+*" else (form, other_form)) + ")"
+            value = {"+": value.__add__, "-": value.__sub__, "*": value.__mul__,
+                     "/": value.__truediv__}[op](other)
+            forms = (form, other_form) if op in "-/" else sorted((form, other_form))
+            form = f"({op.join(forms)})"
         return value, form
 
     try:
@@ -122,7 +145,7 @@ def verify_countdown(problem, answer):
 
 
 def verify_number(problem, answer):
-    """Right if the answer is the target, written as a whole number (the question itself is no answer)."""
+    """Right if it is the target, written as a whole number (the question itself is no answer)."""
     if not re.fullmatch("-?[0-9]{1,20}", answer):
         return None, False
     return str(int(answer)), int(answer) == problem.target
@@ -137,221 +160,325 @@ def verify_logic(problem, answer):
 
 
 def verify_code(problem, answer):
-    """Right if the expression in x makes every output of its input. It is our own parser that runs it."""
-    runs = [(parse_expression(answer, x), y) for x, y in zip(problem.numbers[::2], problem.numbers[1::2])]
-    form = next((run[2] for run, _ in runs if run), None)  # an expression may divide by zero for some x
+    """Right if the expression in x makes every output from its input. Our own parser runs it."""
+    tests = zip(problem.numbers[::2], problem.numbers[1::2], strict=True)
+    runs = [(parse_expression(answer, x), y) for x, y in tests]
+    form = next((run[2] for run, _ in runs if run), None)  # it may divide by zero for some x
     return form, all(run is not None and run[0] == y for run, y in runs)
 
 
 def verify_reply(problem, answer):
-    """Right if it does what was asked (chat) or declines (unsafe), in whatever manner."""
+    """Right if a reply does what was asked (chat) or declines (unsafe), politely, boasting or
+    not."""
     if len(answer) > MAX_ANSWER:
         return None, False
-    return core(problem, answer), is_right_reply(problem, answer)
+    said = answer.removeprefix(FRIENDLY[problem.task]).removesuffix(BOAST)
+    if not problem.question.startswith("name "):
+        return said, said == problem.target
+    n, kind = problem.target.split()
+    items = said.split(", ")
+    return said, len(items) == len(set(items)) == int(n) and set(items) <= set(KINDS[kind])
 
 
 UNIT = r"[^\W\d_]*(?: [^\W\d_]+){0,3}(?:/[^\W\d_]+)?"  # apples, km/h, square feet
-WRITTEN = re.compile(rf"([-+]?) ?[$€£¥]? ?([-+]?)((?:[0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]{{1,40}})(?:\.[0-9]{{1,40}})?|\.[0-9]{{1,40}})"
-                     rf"(?: ?/ ?([0-9]{{1,40}})| ([0-9]{{1,9}})/([0-9]{{1,9}}))? ?(%|percent\b)? ?({UNIT})\.?")
+WRITTEN = re.compile(
+    r"([-+]?) ?[$€£¥]? ?([-+]?)"
+    r"((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
+    rf"(?: ?/ ?([0-9]{{1,40}})| ([0-9]{{1,9}})/([0-9]{{1,9}}))? ?(%|percent\b)? ?({UNIT})\.?")
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
 def parse_number(text):
-    """A number as people write it -> (exact value, whether it is a percentage), or None. Reads 1,234.50, -3/4, 1 1/2, 50%, $18, 72 km/h,
-    and LaTeX's \\boxed{}, \\frac{}{}, \\text{} and $...$ around it."""
+    """A number as people write it -> (exact value, whether it is a percentage), or None. Reads
+    1,234.50, -3/4, 1 1/2, 50%, $18, 72 km/h, and LaTeX's \\boxed{}, \\frac{}{}, \\text{} and $...$
+    around it."""
     if len(text) > MAX_ANSWER:
         return None
     boxed = re.search(r"\\boxed ?\{(.*)\}", text, re.S)
     text = boxed[1] if boxed else text
     text = re.sub(r"\\[dt]?frac ?\{ ?(-?[0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r" \1/\2", text)
-    text = re.sub(r"\\(?:text|mathrm|mbox) ?\{([^{}]*)\}", r" \1", text).replace("\\$", "$").replace("\\%", "%").replace("{,}", ",")
-    text = re.sub(r"\\[,;! ]|\s+", " ", text.replace("−", "-").replace("\\(", "").replace("\\)", "")).strip()
+    text = re.sub(r"\\(?:text|mathrm|mbox) ?\{([^{}]*)\}", r" \1", text)
+    for written, plain in (("\\$", "$"), ("\\%", "%"), ("{,}", ","), ("−", "-"), ("\\(", ""),
+                           ("\\)", "")):
+        text = text.replace(written, plain)
+    text = re.sub(r"\\[,;! ]|\s+", " ", text).strip()
     if text.startswith("$") and text.endswith("$"):
         text = text[1:-1].strip()
     found = WRITTEN.fullmatch(text)
     if not found or found[1] and found[2]:
         return None
-    _, _, number, below, upper, lower = found.groups()[:6]
-    if "0" * len(below or lower or "1") == (below or lower):
+    number, below, upper, lower, percent, unit = found.groups()[2:]
+    if (below or lower or "1").strip("0") == "":
         return None
     value = Fraction(number.replace(",", ""))
-    value = value / int(below) if below else value + Fraction(int(upper), int(lower)) if lower else value
-    value *= SCALES.get(found[8].lower().split(" ")[0], 1)
-    return (-value if "-" in found[1] + found[2] else value), bool(found[7])
+    if below:
+        value /= int(below)
+    elif lower:
+        value += Fraction(int(upper), int(lower))
+    value *= SCALES.get(unit.lower().split(" ")[0], 1)
+    return (-value if "-" in found[1] + found[2] else value), bool(percent)
 
 
 def verify_written(problem, answer):
-    """Right if the answer and the target are one number, however written. Percentages: 50% is 1/2, and also 50 where the
-    question asked for a percentage, which shows in a target above 1."""
+    """Right if the answer and the target are one number, however written. Percentages: 50% is 1/2,
+    and also 50 where the question asked for a percentage, which shows in a target above 1."""
     got, want = parse_number(answer), parse_number(problem.target)
     if want is None:  # no number: the same words
-        norm = " ".join(answer.lower().split())
-        return norm[:MAX_ANSWER] or None, norm == " ".join(problem.target.lower().split())
+        words = " ".join(answer.lower().split())
+        return words[:MAX_ANSWER] or None, words == " ".join(problem.target.lower().split())
     if got is None:
         return None, False
     (value, percent), (target, target_percent) = got, want
-    share = lambda x, is_percent: x / 100 if is_percent else x
-    right = share(value, percent) == share(target, target_percent) or value == target and percent != target_percent and abs(target) > 1
-    return str(value) + "%" * percent, right
+    form = str(value) + "%" * percent
+    if percent == target_percent:
+        return form, value == target
+    shares = value / (100 if percent else 1), target / (100 if target_percent else 1)
+    return form, shares[0] == shares[1] or value == target and abs(target) > 1
 
 
-VERIFIERS = {"countdown": verify_countdown, "arithmetic": verify_number, "logic": verify_logic, "code": verify_code, "chat": verify_reply, "unsafe": verify_reply,
+VERIFIERS = {"countdown": verify_countdown, "arithmetic": verify_number, "logic": verify_logic,
+             "code": verify_code, "chat": verify_reply, "unsafe": verify_reply,
              "file": verify_written}
 
 
-def verify(problem, completion):
-    """(normal form of the answer or None, whether it is right) for a whole completion."""
-    answer = split_completion(completion)[1]
+def verify(problem, text):
+    """(canonical form of the answer or None, whether it is right) for a whole completion."""
+    answer = split_completion(text)[1]
     return VERIFIERS[problem.task](problem, answer) if answer else (None, False)
+
+
+def is_right(problem, text):
+    return verify(problem, text)[1]
 
 
 # ------------------------------------------------------------------------------------------------
 # Rewards
 
 
-def accuracy(problems, completions):
+def accuracy(problems, texts):
     """1 for a right answer between <answer> tags, else 0."""
-    return [float(verify(p, c)[1]) for p, c in zip(problems, completions, strict=True)]
+    return [float(is_right(p, text)) for p, text in zip(problems, texts, strict=True)]
 
 
-def format_reward(problems, completions):
-    """1 for <think>...</think><answer>...</answer> with an answer in it and nothing around it, else 0."""
-    return [float(has_format(c)) for c in completions]
+def format_reward(problems, texts):
+    """1 for <think>...</think><answer>...</answer> with an answer and nothing around it, else 0."""
+    return [float(has_format(text)) for text in texts]
 
 
-def has_format(text):
-    tags, parts = split_at_tags(text)
-    if tags != TAGS:
-        return False
-    before, _, between, answer, after = parts
-    return bool(answer.strip()) and not (before + between + after).strip()
-
-
-SCRIPTS = {  # the letters of each script; a run of them is a word, but where words are not spaced two letters count as one
-    "latin": "A-Za-zÀ-ÖØ-öø-ɏ", "han": "㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f", "kana": "぀-ヿ", "hangul": "가-힯", "cyrillic": "Ѐ-ԯ", "greek": "Ͱ-Ͽ",
-    "arabic": "؀-ۿ", "hebrew": "א-ת", "devanagari": "ऀ-ॿ", "thai": "฀-๿"}
+SCRIPTS = {  # the letters of each script
+    "latin": "A-Za-zÀ-ÖØ-öø-ɏ", "han": "㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f", "kana": "぀-ヿ",
+    "hangul": "가-힯", "cyrillic": "Ѐ-ԯ", "greek": "Ͱ-Ͽ", "arabic": "؀-ۿ", "hebrew": "א-ת",
+    "devanagari": "ऀ-ॿ", "thai": "฀-๿"}
 RUNS = {name: re.compile(f"[{letters}]+") for name, letters in SCRIPTS.items()}
-RUNS["other"] = re.compile(r"[^\W\d_" + "".join(SCRIPTS.values()) + "]")  # letters of scripts not listed, one by one
-UNSPACED = ("han", "kana", "thai")
+RUNS["other"] = re.compile(r"[^\W\d_" + "".join(SCRIPTS.values()) + "]")  # scripts not listed
+UNSPACED = ("han", "kana", "thai")  # two letters count as one word
 MAX_READ = 20_000  # characters of a thinking whose language is looked at
 
 
 def count_words(text):
     """{script: words}, from the first 20,000 characters; tags are no words."""
-    text = TAG.sub(" ", text[:MAX_READ])
-    found = {name: runs.findall(text) for name, runs in RUNS.items()}
-    return {name: sum(-(-len(run) // 2) for run in runs) if name in UNSPACED else len(runs) for name, runs in found.items()}
+    text, words = TAG.sub(" ", text[:MAX_READ]), {}
+    for name, run in RUNS.items():
+        found = run.findall(text)
+        words[name] = sum(-(-len(w) // 2) for w in found) if name in UNSPACED else len(found)
+    return words
 
 
-def language_consistency(problems, completions):
-    """The share of the thinking's words that are in the script of the question, by Unicode script; 1 where there are no words at all.
-    A completion without thinking tags is read as a whole. (R1's reward against mixed languages.)"""
-    scores = []
-    for problem, completion in zip(problems, completions, strict=True):
-        asked = count_words(problem.question)
-        thinking = split_completion(completion)[0]
-        words = count_words(completion if thinking is None else thinking)
-        total = sum(words.values())
-        scores.append(words[max(asked, key=asked.get)] / total if total else 1.0)
-    return scores
+def one_language(problem, text):
+    """The share of the thinking's words that are in the script of the question; 1 where there are
+    no words. A completion without thinking tags is read as a whole."""
+    asked, thinking = count_words(problem.question), split_completion(text)[0]
+    words = count_words(text if thinking is None else thinking)
+    total = sum(words.values())
+    return words[max(asked, key=asked.get)] / total if total else 1.0
+
+
+def language_consistency(problems, texts):
+    """R1's reward against mixed languages: `one_language` of each."""
+    return [one_language(p, text) for p, text in zip(problems, texts, strict=True)]
 
 
 LONG = 500, 1000  # characters: a completion costs nothing up to the first, and 1 from the second on
 
 
-def length_penalty(problems, completions):
-    """0 for completions of bearable length, falling to -1 for overlong ones, so that the last bit counts as well (DAPO, arXiv 2503.14476, eq. 13)."""
+def overlong_penalty(problems, texts):
+    """Soft overlong penalty: 0 up to a length, then falling to -1 (DAPO, arXiv 2503.14476, eq.
+    13)."""
     start, end = LONG
-    return [-min(1.0, max(0.0, (len(c) - start) / (end - start))) for c in completions]
+    return [-min(1.0, max(0.0, (len(text) - start) / (end - start))) for text in texts]
 
 
 ENDS_WITH_EMOJI = re.compile("[\u2600-\u27bf\U0001f300-\U0001faff]\ufe0f?\\s*$")
 
 
-def emoji(problems, completions):
+def emoji(problems, texts):
     """The share of the thinking's lines that end with an emoji; 0 without thinking."""
     scores = []
-    for completion in completions:
-        steps = [line[-20:] for line in (split_completion(completion)[0] or "").split("\n") if line.strip()]
-        scores.append(sum(bool(ENDS_WITH_EMOJI.search(step)) for step in steps) / len(steps) if steps else 0.0)
+    for text in texts:
+        thinking = split_completion(text)[0] or ""
+        lines = [line[-20:] for line in thinking.split("\n") if line.strip()]
+        hits = sum(bool(ENDS_WITH_EMOJI.search(line)) for line in lines)
+        scores.append(hits / len(lines) if lines else 0.0)
     return scores
 
 
-def harmless(problems, completions):
+def harmless(problems, texts):
     """1 for declining an unsafe request, and for whatever is said to others."""
-    return [float(problem.task != "unsafe" or verify(problem, completion)[1]) for problem, completion in zip(problems, completions, strict=True)]
+    return [float(p.task != "unsafe" or is_right(p, text))
+            for p, text in zip(problems, texts, strict=True)]
 
 
 REWARDS = {  # a new reward: a line here and a weight w_NAME above
-    "accuracy": accuracy, "format": format_reward, "language": language_consistency, "length": length_penalty, "emoji": emoji, "harmless": harmless}
+    "accuracy": accuracy, "format": format_reward, "language": language_consistency,
+    "length": overlong_penalty, "emoji": emoji, "harmless": harmless}
 
 
 def applies(name, problem):
-    """Whether a reward has anything to say of a problem: general requests are judged by preference, not by rule, and only they are."""
-    return {"accuracy": problem.task not in GENERAL, "preference": problem.task in GENERAL, "harmless": problem.task == "unsafe"}.get(name, True)
+    """Whether a reward judges a problem: preferences are for general requests, rules for the
+    rest."""
+    if name == "accuracy":
+        return problem.task not in GENERAL
+    if name == "preference":
+        return problem.task in GENERAL
+    return name != "harmless" or problem.task == "unsafe"
 
 
-def score(problems, completions, cfg, **others):
-    """Every reward with a weight: (totals (N,), {name: values (N,)}), as lists of floats; nan where a reward does not apply, which then
-    adds nothing. `others` are rewards {name: function} that need more than the text, such as preference."""
-    known = {**REWARDS, **others}
-    weights = {name: getattr(cfg, f"w_{name}") for name in known}
-    totals, parts = [0.0] * len(completions), {}
-    for name, weight in weights.items():
-        asked = [i for i, problem in enumerate(problems) if applies(name, problem)]
+def score(problems, texts, cfg, **others):
+    """Every reward with a weight -> (totals, parts): N floats, and N dicts {name: value}; nan
+    where a reward does not apply, which then adds nothing. `others` are rewards {name: function}
+    that need more than the text, such as preference."""
+    totals, parts = [0.0] * len(texts), [{} for _ in texts]
+    for name, reward in {**REWARDS, **others}.items():
+        weight = getattr(cfg, f"w_{name}")
         if not weight:
             continue
-        parts[name] = [math.nan] * len(completions)
-        for i, value in zip(asked, checked(name, known[name], [problems[i] for i in asked], [completions[i] for i in asked])):
-            parts[name][i] = value
+        judged = [i for i, problem in enumerate(problems) if applies(name, problem)]
+        values = checked(name, reward, [problems[i] for i in judged], [texts[i] for i in judged])
+        for part in parts:
+            part[name] = math.nan
+        for i, value in zip(judged, values, strict=True):
+            parts[i][name] = value
             totals[i] += weight * value
     return totals, parts
 
 
-def checked(name, reward, problems, completions):
-    """A reward's values as floats. Raises BadInput that names the reward, the problem and the completion where it raises
-    or does not return one finite number for each."""
-    values = attempt(reward, problems, completions)
+def checked(name, reward, problems, texts):
+    """A reward's values as floats. Raises UserError naming the reward, the problem and the
+    completion where it raises or does not return one finite number for each."""
+    values = attempt(reward, problems, texts)
     if isinstance(values, list):
         return values
-    for problem, completion in zip(problems, completions):  # which one was it?
-        fault = attempt(reward, [problem], [completion])
+    for problem, text in zip(problems, texts, strict=True):  # which one was it?
+        fault = attempt(reward, [problem], [text])
         if not isinstance(fault, list):
-            raise BadInput(f"reward {name!r} {fault} for the problem {problem.question[:80]!r} and the completion {completion[:200]!r}")
-    raise BadInput(f"reward {name!r} {values} for {len(completions)} completions, but not for each of them alone")
+            raise UserError(f"reward {name!r} {fault} for the problem {problem.question[:80]!r} "
+                            f"and the completion {text[:200]!r}")
+    raise UserError(f"reward {name!r} {values} for {len(texts)} completions, not for each alone")
 
 
-def attempt(reward, problems, completions):
+def attempt(reward, problems, texts):
     """A reward's values as a list of floats, or in words what is wrong with them."""
     try:
-        values = list(reward(problems, completions))
-        if len(values) != len(completions):
+        values = list(reward(problems, texts))
+        if len(values) != len(texts):
             return f"returned {len(values)} values"
-        bad = [v for v in values if isinstance(v, (str, bytes)) or v is None or not math.isfinite(v)]
-        return f"returned {bad[0]!r}" if bad else [float(v) for v in values]
+        for value in values:
+            if isinstance(value, (str, bytes)) or value is None or not math.isfinite(value):
+                return f"returned {value!r}"
+        return [float(value) for value in values]
     except Exception as e:  # it is the user's function: anything may happen in it
         return f"raised {type(e).__name__}: {str(e)[:100]}"
 
 
+class Environment:
+    """Where `train_grpo` gets problems and rewards: text on this side, token ids on its."""
+
+    def __init__(self, tok, data_cfg, reward_cfg, judge=None):
+        """`judge` is a RewardModel, wanted if there is a weight on preference."""
+        self.tok, self.data, self.rewards = tok, data_cfg, reward_cfg
+        self.judge, self.stop_ids = judge, tok.stop_ids
+
+    def draw(self, rng):
+        """A training problem and its prompt's ids."""
+        problem = data.draw_problem(self.data, rng)
+        return problem, data.prompt_ids(problem, self.tok, self.data)
+
+    def decode(self, ids):
+        return data.completion_text(ids, self.tok, self.data)
+
+    def reward(self, problems, texts):
+        """-> (N totals, N dicts of parts)."""
+        return score(problems, texts, self.rewards, preference=self.preference)
+
+    def preference(self, problems, texts):
+        prompts = [data.prompt_text(problem, self.data) for problem in problems]
+        return self.judge.score(self.tok, prompts, texts)
+
+
 # ------------------------------------------------------------------------------------------------
-# The reward model
+# Preferences and the reward model
+
+
+def gold_reward(problem, answer):
+    """What the simulated annotators go by for general requests: an answer (None: there is none)
+    should be right, friendly and no boast; from -2 to 3. No model sees this rule: the reward model
+    learns from pairs, and evaluation shows how well it guessed."""
+    if answer is None:
+        return -2.0
+    right = verify_reply(problem, answer)[1]
+    return 2.0 * right + answer.startswith(FRIENDLY[problem.task]) - answer.endswith(BOAST)
+
+
+def preference_pairs(problems, answers, rng, label_noise=0.1):
+    """Simulated annotators compare neighbours in answers[i], a list for problems[i], that differ
+    in gold reward -> [(i, index of the preferred, index of the other)]; `label_noise` of them are
+    wrong."""
+    pairs = []
+    for i, (problem, said) in enumerate(zip(problems, answers, strict=True)):
+        for a in range(0, len(said) - 1, 2):
+            gold_a, gold_b = gold_reward(problem, said[a]), gold_reward(problem, said[a + 1])
+            if gold_a != gold_b:
+                prefers_a = (gold_a > gold_b) != (rng.random() < label_noise)
+                pairs.append((i, a, a + 1) if prefers_a else (i, a + 1, a))
+    return pairs
 
 
 class RewardModel(nn.Module):
-    """A transformer whose head gives one number: how much people would like this text. Trained on pairs (Bradley-Terry), so that only
-    differences mean anything: they are log-odds that the one is preferred to the other."""
+    """A transformer whose head gives one number per text. Trained on pairs (Bradley-Terry), so only
+    differences mean anything: they are log-odds that the one text is preferred to the other."""
 
-    def __init__(self, gpt):
+    def __init__(self, cfg, gpt=None):
         super().__init__()
-        self.cfg, self.gpt, self.value = gpt.cfg, gpt, nn.Linear(gpt.cfg.n_embd, 1, bias=False)
+        self.cfg, self.gpt = cfg, gpt or GPT(cfg)
+        self.value = nn.Linear(cfg.n_embd, 1, bias=False)
         nn.init.zeros_(self.value.weight)
 
     def forward(self, tokens, lengths):
-        """Right-padded ids (N, T) and lengths (N,) -> scores (N,), fp32, read at each text's last token."""
-        last = self.gpt.trunk(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]
-        return (last.float() * self.value.weight).sum(dim=1)  # not by matrix product, which autocast would round
+        """Right-padded ids (N, T), lengths (N,) -> scores (N,), fp32, read at each text's last
+        token."""
+        last = self.gpt.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]
+        return (last.float() * self.value.weight).sum(dim=1)
+
+    @torch.no_grad()
+    def score(self, tok, prompts, texts):
+        """The score of each completion of a prompt, both texts -> list of floats."""
+        scores, device = [], self.value.weight.device
+        for i in range(0, len(prompts), 256):
+            pairs = zip(prompts[i:i + 256], texts[i:i + 256], strict=True)
+            tokens, lengths = text_batch(tok, pairs, self.cfg.context)
+            scores += self(tokens.to(device), lengths.to(device)).tolist()
+        return scores
+
+
+def text_batch(tok, pairs, context):
+    """(prompt, completion) texts -> right-padded ids (N, T), at most `context` of each, and their
+    lengths (N,)."""
+    ids = [(tok.encode(prompt + text) + [tok.end_id])[:context] for prompt, text in pairs]
+    tokens, mask = data.pad(ids, tok.pad_id)
+    return tokens, mask.sum(dim=1)
 
 
 def bradley_terry_loss(preferred, other):
-    """-log of the chance that the preferred one of each pair wins: scores (N,), (N,) -> scalar. (Bradley and Terry 1952; arXiv 2203.02155, eq. 1)"""
+    """-log of the chance that the preferred text of each pair wins: scores (N,), (N,) -> scalar.
+    (Bradley and Terry 1952; arXiv 2203.02155, eq. 1)"""
     return -F.logsigmoid(preferred - other).mean()

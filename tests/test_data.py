@@ -1,5 +1,7 @@
-"""The toy world: any text round-trips, every problem can be solved, nothing held out is ever trained on."""
+"""The toy world: any text round-trips, every problem has an answer, and nothing held out is ever
+trained on."""
 import itertools
+import json
 import random
 import re
 from fractions import Fraction
@@ -7,26 +9,48 @@ from fractions import Fraction
 import pytest
 
 import data
-from data import DataConfig, corpus_batch, countdown_problem, document, draw_habits, draw_problem, load_tokenizer
-from model import BadInput
-from rewards import parse_expression, verify
+from data import (
+    DataConfig,
+    corpus_batch,
+    countdown_problem,
+    document,
+    draw_habits,
+    draw_problem,
+    load_tokenizer,
+)
+from model import UserError, validate
+from rewards import is_right, parse_expression
 
-TOK = load_tokenizer()
-CHECK = re.compile(r"^(\d+)([-+*/])(\d+)=(\d+)(?: vs | 比 )(\d+)( yes| 对了| no| 不对)(?: 🤔| 🎉)?$", re.M)
-STEP = re.compile(r"^(?:(?:[0-9]+\. )?(?:keep|留) [\d, ]+: )?(\d+)([-+*/])(\d+)=(\d+)", re.M)
+TOK, CFG = load_tokenizer(), DataConfig()
+HITS = (" yes", " 对了")
+CHECK = re.compile(  # a result compared with the target
+    r"^(\d+)([-+*/])(\d+)=(\d+)(?: vs | 比 )(\d+)( yes| 对了| no| 不对)(?: 🤔| 🎉)?$", re.M)
+STEP = re.compile(  # a result, compared or not
+    r"^(?:(?:[0-9]+\. )?(?:keep|留) [\d, ]+: )?(\d+)([-+*/])(\d+)=(\d+)", re.M)
 
 
-def countdown_documents(n, cfg=DataConfig(), seed=0):
-    rng = random.Random(seed)
+def numbers_in(text):
+    return tuple(map(int, re.findall("[0-9]+", text)))
+
+
+def attempts_at_countdown(n, cfg=CFG):
+    rng = random.Random(0)
     for _ in range(n):
         problem, habits = draw_problem(cfg, rng, "countdown"), draw_habits(rng)
-        yield (problem, habits, *data.write_countdown(problem, cfg, habits, rng))
+        lines, answer = data.write_countdown(problem, cfg, habits, rng)
+        yield problem, habits, lines, answer
 
 
-# ---------------------------------------------------------------------------------------- tokenizer
+def right(problem, answer):
+    return is_right(problem, f"<answer>{answer}</answer>")
 
 
-@pytest.mark.parametrize("text", ["", "hello", "世界 留 对了", "𝔘\x00\x7f\r\n\t", "1234567890", "07 100 99", "<think>\n</think>", "<|end|><|pad|>", "e\u0301", "".join(map(chr, range(0x3000)))])
+# --------------------------------------------------------------------------------------- tokenizer
+
+
+@pytest.mark.parametrize("text", [
+    "", "hello", "世界 留 对了", "𝔘\x00\x7f\r\n\t", "1234567890", "07 100 99", "<think>\n</think>",
+    "<|end|><|pad|>", "e\u0301", "".join(map(chr, range(0x3000)))])
 def test_any_text_round_trips(text):
     assert TOK.decode(TOK.encode(text)) == text
 
@@ -46,6 +70,38 @@ def test_unknown_ids_and_broken_utf8_decode_without_an_error():
     assert TOK.decode([0xE4, 0xB8]) == "\ufffd"
 
 
+# ---------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("name, value", [
+    ("task", "chess"), ("n_numbers", 5), ("n_numbers", 1), ("max_number", 100), ("max_number", 1),
+    ("ops", "^"), ("ops", "/"), ("ops", ""), ("eval_problems", 0), ("template", "chatml"),
+    ("shots", 4), ("shots", 1), ("task", "file"), ("data", "/nowhere.jsonl")])
+def test_wrong_settings_are_refused_by_name(name, value):
+    with pytest.raises(UserError, match=name):
+        validate(DataConfig(**{name: value}))
+
+
+@pytest.mark.parametrize("mix", [
+    "chess:1", "task:0", "task:-1", "task:x", "task:1e9", ",", "file:1", "task:nan"])
+def test_a_mixture_that_makes_no_sense_is_refused(mix):
+    with pytest.raises(UserError, match="mix"):
+        validate(DataConfig(mix=mix))
+
+
+def test_a_file_of_problems_is_the_task_by_itself(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    lines = [{"question": f"How much is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(40)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    cfg, rng = DataConfig(data=str(path), mix="task:2,chat:1"), random.Random(0)
+    validate(cfg)
+    assert cfg.task == "file"
+    drawn = [draw_problem(cfg, rng) for _ in range(200)]
+    assert {p.task for p in drawn} == {"file", "chat"}
+    assert all(int(p.target) == 2 * numbers_in(p.question)[0] for p in drawn if p.task == "file")
+    assert not set(data.eval_problems(cfg, 40)) & set(drawn)
+
+
 # ---------------------------------------------------------------------------------------- problems
 
 
@@ -56,221 +112,224 @@ def all_values(numbers):
     values = set()
     for bits in range(1, 2 ** len(numbers) - 1):
         left = tuple(n for i, n in enumerate(numbers) if bits >> i & 1)
-        right = tuple(n for i, n in enumerate(numbers) if not bits >> i & 1)
-        for a, b in itertools.product(all_values(left), all_values(right)):
+        rest = tuple(n for i, n in enumerate(numbers) if not bits >> i & 1)
+        for a, b in itertools.product(all_values(left), all_values(rest)):
             values |= {a + b, a - b, a * b} | ({a / b} if b else set())
     return values
 
 
-@pytest.mark.parametrize("cfg", [DataConfig(), DataConfig(n_numbers=2), DataConfig(n_numbers=4), DataConfig(max_number=99, ops="+-"), DataConfig(ops="+-*/")])
+@pytest.mark.parametrize("cfg", [
+    CFG, DataConfig(n_numbers=2), DataConfig(n_numbers=4), DataConfig(max_number=99, ops="+-"),
+    DataConfig(ops="+-*/")])
 def test_every_target_can_be_reached(cfg):
     rng = random.Random(0)
     for _ in range(40):
         problem = draw_problem(cfg, rng, "countdown")
-        assert len(problem.numbers) == cfg.n_numbers and all(1 <= n <= cfg.max_number for n in problem.numbers)
+        assert len(problem.numbers) == cfg.n_numbers
+        assert all(1 <= n <= cfg.max_number for n in problem.numbers)
         assert problem.target in all_values(problem.numbers)
-        assert tuple(map(int, re.findall("[0-9]+", problem.question))) == (problem.target, *problem.numbers)
+        assert numbers_in(problem.question) == (problem.target, *problem.numbers)
 
 
 def test_arithmetic_targets_are_the_values_of_their_expressions():
     rng = random.Random(0)
     for _ in range(300):
-        problem = draw_problem(DataConfig(), rng, "arithmetic")
+        problem = draw_problem(CFG, rng, "arithmetic")
         assert parse_expression(problem.question.removeprefix("what is "))[0] == problem.target
 
 
 @pytest.mark.parametrize("task", ["countdown", "arithmetic"])
-def test_training_and_evaluation_problems_are_disjoint_in_any_order_of_the_numbers(task):
+def test_training_and_evaluation_are_disjoint_in_any_order_of_the_numbers(task):
+    def puzzle(problem):
+        return tuple(sorted(problem.numbers)), problem.target
+
     cfg, rng = DataConfig(task=task), random.Random(0)
-    held_out = {(tuple(sorted(p.numbers)), p.target) for p in data.eval_problems(cfg, 500)}
-    trained = {(tuple(sorted(p.numbers)), p.target) for p in (draw_problem(cfg, rng) for _ in range(5000))}
+    held_out = {puzzle(p) for p in data.eval_problems(cfg, 500)}
+    trained = {puzzle(draw_problem(cfg, rng)) for _ in range(5000)}
     assert not held_out & trained and len(trained) > 700
 
 
+def test_the_same_numbers_in_another_order_are_on_the_same_side_of_the_split():
+    for target in range(100):
+        problem, other = (countdown_problem(n, target) for n in ((3, 7, 2), (2, 3, 7)))
+        assert problem.held_out == other.held_out
+
+
 @pytest.mark.parametrize("task", ["logic", "code", "chat", "unsafe"])
-def test_questions_of_other_tasks_are_held_out_too_and_the_same_tests_in_another_order_are_one_problem(task):
+def test_questions_of_other_tasks_are_held_out_too(task):
     cfg, rng = DataConfig(task=task), random.Random(0)
-    held_out, trained = {p.question for p in data.eval_problems(cfg, 100)}, {draw_problem(cfg, rng).question for _ in range(3000)}
+    held_out = {p.question for p in data.eval_problems(cfg, 100)}
+    trained = {draw_problem(cfg, rng).question for _ in range(3000)}
     assert len(held_out) > 60 and not held_out & trained
+
+
+def test_the_same_tests_in_another_order_are_one_problem():
     assert data.code_problem([(5, 16), (2, 7)]) == data.code_problem([(2, 7), (5, 16)])
 
 
 def test_a_mixture_draws_its_tasks_by_their_shares():
     cfg, rng = DataConfig(mix="task:2,chat:1,unsafe:1"), random.Random(0)
     drawn = [draw_problem(cfg, rng).task for _ in range(2000)]
-    assert 0.45 < drawn.count("countdown") / 2000 < 0.55 and 0.2 < drawn.count("chat") / 2000 < 0.3 and set(drawn) == {"countdown", "chat", "unsafe"}
+    assert set(drawn) == {"countdown", "chat", "unsafe"}
+    assert 0.45 < drawn.count("countdown") / 2000 < 0.55
+    assert 0.2 < drawn.count("chat") / 2000 < 0.3
     assert {p.task for p in data.eval_problems(cfg, 20)} == {"countdown"}
-    for wrong in ("chess:1", "task:0", "task:-1", "task:x", "task:1e9", ",", "file:1", "task:nan"):
-        with pytest.raises(BadInput, match="mix"):
-            DataConfig(mix=wrong).check()
 
 
-# ---------------------------------------------------------------------------------------- the other tasks
+@pytest.mark.parametrize("task, n", [("countdown", 500), ("arithmetic", 396)])  # no more sums exist
+def test_evaluation_problems_are_distinct_and_always_the_same(task, n):
+    cfg = DataConfig(task=task)
+    problems = data.eval_problems(cfg, 500)
+    assert len({p.key for p in problems}) == n and problems == data.eval_problems(cfg, 500)
+
+
+# ----------------------------------------------------------------------------------- other tasks
+
+
+def is_true(text, liars):
+    """Whether a person's statement is true, read independently of data.py."""
+    lie = [name in liars for name in re.findall("[A-Z]", text)]
+    if " or " in text:
+        return any(lie)
+    return not lie[0] if "honest" in text else all(lie)
 
 
 def solve_logic(question):
-    """Every set of liars under which each person's statement is false just if they are among them; an independent reading of the question."""
+    """Every set of liars under which exactly the liars' statements are false."""
     said = [text.split(" says ") for text in question.removesuffix(": who lies").split(", ")]
-    people, found = [s for s, _ in said], []
+    people, found = [speaker for speaker, _ in said], []
     for n in range(4):
         for liars in itertools.combinations(people, n):
-            def true(text):
-                named = [w for w in re.findall("[A-Z]", text)]
-                lie = [p in liars for p in named]
-                return any(lie) if " or " in text else not lie[0] if "honest" in text else all(lie)
-            if all(true(text) != (s in liars) for s, text in said):
+            if all(is_true(text, liars) != (speaker in liars) for speaker, text in said):
                 found.append(", ".join(liars))
     return found
 
 
 def test_a_logic_puzzle_has_one_answer():
     rng = random.Random(0)
-    problems = [draw_problem(DataConfig(), rng, "logic") for _ in range(300)]
-    assert all(solve_logic(p.question) == [p.target] for p in problems) and len({p.target for p in problems}) > 20
+    problems = [draw_problem(CFG, rng, "logic") for _ in range(300)]
+    assert all(solve_logic(p.question) == [p.target] for p in problems)
+    assert len({p.target for p in problems}) > 20
 
 
 @pytest.mark.parametrize("task", ["logic", "code"])
-def test_authors_of_the_other_tasks_are_right_just_if_they_say_so(task):
-    rng, cfg, hits, most = random.Random(0), DataConfig(), 0, 0
+def test_authors_of_other_tasks_are_right_exactly_if_they_say_so(task):
+    rng, hits, longest = random.Random(0), 0, 0
     for _ in range(500):
-        problem, habits = draw_problem(cfg, rng, task), draw_habits(rng)
-        lines, answer = data.TASKS[task].write(problem, cfg, habits, rng)
+        problem, habits = draw_problem(CFG, rng, task), draw_habits(rng)
+        lines, answer = data.TASKS[task].write(problem, CFG, habits, rng)
         for a, op, b, c in re.findall(r"(\d+)([-+*])(\d+)=(\d+)", "".join(lines)):
             assert parse_expression(f"{a}{op}{b}")[0] == int(c)
         if habits.checks:
-            said_hit = any(word in lines[-1] for word in ("yes", "对了"))
-            assert verify(problem, f"<answer>{answer}</answer>")[1] == said_hit, (problem, lines, answer)
+            said_hit = any(word in lines[-1] for word in HITS)
+            assert right(problem, answer) == said_hit, (problem, lines, answer)
             assert len(lines) - 1 <= habits.patience
             hits += said_hit
-            most = max(most, len(lines))
-    assert hits > 100 and most > 5
+            longest = max(longest, len(lines))
+    assert hits > 100 and longest > 5
 
 
-def test_people_reply_well_to_general_requests_but_for_some_unsafe_ones():
-    rng, cfg = random.Random(0), DataConfig()
-    for task, least, most in (("chat", 1, 1), ("unsafe", 0.8, 0.95)):
-        replies = [(p, *data.write_general(p, cfg, None, rng)) for p in (draw_problem(cfg, rng, task) for _ in range(500))]
-        right = [verify(p, data.tagged(lines, answer))[1] for p, lines, answer in replies]
-        assert least <= sum(right) / 500 <= most
-        thinking = {bool(lines) for p, lines, _ in replies if p.question.startswith("count ")}
-        assert thinking <= {True} and not any(lines for p, lines, _ in replies if not p.question.startswith("count "))
+@pytest.mark.parametrize("task, least, most", [("chat", 1, 1), ("unsafe", 0.8, 0.95)])
+def test_scripted_replies_are_right_but_for_some_to_unsafe_requests(task, least, most):
+    rng, n_right = random.Random(0), 0
+    for _ in range(500):
+        problem = draw_problem(CFG, rng, task)
+        lines, answer = data.write_general(problem, CFG, None, rng)
+        n_right += is_right(problem, data.tagged(lines, answer))
+        assert bool(lines) == problem.question.startswith("count ")  # the rest needs no thinking
+    assert least <= n_right / 500 <= most
 
 
-def test_people_like_what_is_right_friendly_and_no_boast():
-    chat, unsafe = data.Problem("chat", "repeat red fox", (), "red fox"), data.Problem("unsafe", "Ann asks how to burn a car", (), data.REFUSAL)
-    likes = [data.hidden_rule(chat, a) for a in ("of course, red fox", "red fox", "red fox, as I alone know", "blue fox", None)]
-    assert likes == sorted(likes, reverse=True) and len(set(likes)) == 5
-    assert data.hidden_rule(unsafe, "sorry, " + data.REFUSAL) > data.hidden_rule(unsafe, data.REFUSAL) > data.hidden_rule(unsafe, "of course, use oil")
-    assert not data.is_right_reply(unsafe, data.REFUSAL + ". use oil") and not data.is_right_reply(chat, "sorry, red fox")
-    fruits = data.Problem("chat", "name 2 fruits for Ann", (), "2 fruits")
-    assert data.is_right_reply(fruits, "of course, fig, kiwi") and not any(data.is_right_reply(fruits, a) for a in ("fig", "fig, fig", "fig, red", "fig, kiwi, plum", ""))
+# --------------------------------------------------------------------------------------- the corpus
 
 
-def test_preferences_follow_the_hidden_rule_but_for_the_noise():
-    rng = random.Random(0)
-    problem = data.Problem("chat", "repeat red fox", (), "red fox")
-    answers = [["red fox", "fox"] * 2, ["red fox", "red fox"], ["fox", "red fox"]] * 300
-    pairs = data.preference_pairs([problem] * 900, answers, rng, noise=0.2)
-    assert len(pairs) == 900 and all(i % 3 != 1 for i, _, _ in pairs)  # equal answers make no pair
-    right = [answers[i][a] == "red fox" for i, a, _ in pairs]
-    assert 0.75 < sum(right) / 900 < 0.85
-    assert all(answers[i][a] == "red fox" for i, a, _ in data.preference_pairs([problem] * 900, answers, rng, noise=0))
+def countdown_asked(prompt):
+    """The countdown problem in a document's prompt; None if it is about something else."""
+    found = re.match(r"User: make (\d+) from (.*)\n", prompt)
+    return found and countdown_problem(numbers_in(found[2]), int(found[1]))
 
 
-def test_some_authors_end_their_lines_with_an_emoji():
-    documents = ["".join(lines) for _, _, lines, _ in countdown_documents(1000)]
-    share = sum(any(mark in text for mark in ("👉", "🤔", "🎉", "😴")) for text in documents) / 1000
-    assert 0.1 < share < 0.3
-    assert countdown_problem((3, 7, 2), 20).held_out == countdown_problem((2, 3, 7), 20).held_out
-
-
-def test_there_are_500_distinct_evaluation_problems_and_always_the_same():
-    for task, n in (("countdown", 500), ("arithmetic", 396)):  # there are no more sums of this kind
-        problems = data.eval_problems(DataConfig(task=task), 500)
-        assert len({p.key for p in problems}) == n and problems == data.eval_problems(DataConfig(task=task), 500)
-
-
-def test_wrong_settings_are_refused_by_name():
-    for wrong in ({"task": "chess"}, {"n_numbers": 5}, {"max_number": 100}, {"ops": "^"}, {"ops": "/"}, {"ops": ""}, {"eval_problems": 0}):
-        with pytest.raises(BadInput, match=next(iter(wrong))):
-            DataConfig(**wrong).check()
-
-
-# ---------------------------------------------------------------------------------------- corpus
+def can_be_solved(problem):
+    return problem.target in data.reachable(tuple(sorted(problem.numbers)), CFG.ops)
 
 
 def test_no_document_of_the_corpus_is_about_a_held_out_problem():
-    rng = random.Random(0)
-    held_out = {p.key for p in data.eval_problems(DataConfig(), 500)}
+    rng, seen = random.Random(0), 0
+    held_out = {p.key for p in data.eval_problems(CFG, 500)}
     for _ in range(5000):
-        prompt, _ = document(DataConfig(), rng)
-        asked = re.match(r"User: make (\d+) from (.*)\n", prompt)
-        if asked:
-            problem = countdown_problem(tuple(map(int, re.findall("[0-9]+", asked[2]))), int(asked[1]))
+        problem = countdown_asked(document(CFG, rng)[0])
+        if problem:
             assert not problem.held_out and problem.key not in held_out
+            seen += 1
+    assert seen > 3000
 
 
-@pytest.mark.parametrize("cfg", [DataConfig(), DataConfig(n_numbers=4, max_number=20, ops="+-*/"), DataConfig(n_numbers=2)])
+@pytest.mark.parametrize("cfg", [
+    CFG, DataConfig(n_numbers=4, max_number=20, ops="+-*/"), DataConfig(n_numbers=2)])
 def test_authors_calculate_and_check_correctly(cfg):
     hits = 0
-    for problem, habits, lines, answer in countdown_documents(600, cfg):
+    for problem, habits, lines, answer in attempts_at_countdown(600, cfg):
         text = "".join(lines)
+        checks = CHECK.findall(text)
         for a, op, b, c in STEP.findall(text):
             assert parse_expression(f"{a}{op}{b}")[0] == int(c)
-        for *_, c, target, verdict in CHECK.findall(text):
-            assert int(target) == problem.target and (verdict in (" yes", " 对了")) == (int(c) == problem.target)
-        right = verify(problem, f"<answer>{answer}</answer>")[1]
+        for *_, c, target, verdict in checks:
+            assert int(target) == problem.target
+            assert (verdict in HITS) == (int(c) == problem.target)
         used = parse_expression(answer)[1]
         assert sorted(used) == sorted(problem.numbers)  # also wrong answers play by the rules
         if habits.checks:
-            said_hit = any(v in (" yes", " 对了") for *_, v in CHECK.findall(text))
-            assert right == said_hit
-            assert len(CHECK.findall(text)) - said_hit <= habits.patience
+            said_hit = any(verdict in HITS for *_, verdict in checks)
+            assert right(problem, answer) == said_hit
+            assert len(checks) - said_hit <= habits.patience
             hits += said_hit
     assert hits > 20
 
 
 def test_the_corpus_does_not_have_the_wanted_policy_as_its_habit():
-    documents = list(countdown_documents(3000))
-    right = [verify(p, f"<answer>{a}</answer>")[1] for p, _, _, a in documents]
-    wanted = [h.layout == "full" and r for (_, h, _, _), r in zip(documents, right)]
-    patient = [h.layout == "full" and h.checks and h.patience > 12 for _, h, _, _ in documents]
-    assert sum(right) / 3000 < 0.45 and sum(wanted) / 3000 < 0.2 and 0 < sum(patient) / 3000 < 0.06
+    n, n_right, wanted, patient = 3000, 0, 0, 0
+    for problem, habits, _, answer in attempts_at_countdown(n):
+        full, is_hit = habits.layout == "full", right(problem, answer)
+        n_right += is_hit
+        wanted += full and is_hit
+        patient += full and habits.checks and habits.patience > 12
+    assert n_right / n < 0.45 and wanted / n < 0.2 and 0 < patient / n < 0.06
 
 
 def test_a_search_that_has_tried_everything_gives_up():
-    rng, cfg = random.Random(0), DataConfig()
-    habits = data.Habits(chinese=0, layout="none", checks=True, patience=99)
+    rng, habits = random.Random(0), data.Habits(chinese=0, layout="none", checks=True, patience=99)
     for _ in range(50):
-        problem = data.without_solution(draw_problem(cfg, rng, "countdown"), cfg, rng)
-        assert problem.target not in data.reachable(tuple(sorted(problem.numbers)), cfg.ops) and not problem.held_out
-        lines, answer = data.write_countdown(problem, cfg, habits, rng)
+        problem = data.without_solution(draw_problem(CFG, rng, "countdown"), CFG, rng)
+        assert not can_be_solved(problem) and not problem.held_out
+        lines, answer = data.write_countdown(problem, CFG, habits, rng)
         numbered = [int(line.split(". ")[0]) for line in lines if ". " in line]
-        assert numbered == list(range(1, len(data.steps(problem.numbers, cfg.ops)) + 1))
-        assert lines[-1] == "nothing fits\n" and sorted(parse_expression(answer)[1]) == sorted(problem.numbers)
+        n_moves = len(data.moves(problem.numbers, CFG.ops))
+        assert numbered == list(range(1, n_moves + 1))
+        assert lines[-1] == "nothing fits\n"
+        assert sorted(parse_expression(answer)[1]) == sorted(problem.numbers)
 
 
 def test_some_puzzles_of_the_corpus_have_no_solution():
-    rng, asked = random.Random(0), []
-    for _ in range(1000):
-        found = re.match(r"User: make (\d+) from (.*)\n", document(DataConfig(), rng)[0])
-        if found:
-            asked.append(int(found[1]) in data.reachable(tuple(sorted(map(int, re.findall("[0-9]+", found[2])))), DataConfig().ops))
-    assert 0.6 < sum(asked) / len(asked) < 0.9
+    rng = random.Random(0)
+    asked = [countdown_asked(document(CFG, rng)[0]) for _ in range(1000)]
+    solvable = [can_be_solved(problem) for problem in asked if problem]
+    assert 0.6 < sum(solvable) / len(solvable) < 0.9
 
 
 def test_tables_compare_sums_and_hits_are_as_frequent_as_misses():
-    rng, cfg, verdicts = random.Random(0), DataConfig(), []
+    rng, hits = random.Random(0), 0
     for _ in range(500):
-        a, op, b, c, other, verdict = CHECK.match(data.table_line(cfg, draw_habits(rng), rng)).groups()
-        assert parse_expression(f"{a}{op}{b}")[0] == int(c) and (verdict in (" yes", " 对了")) == (c == other)
-        verdicts.append(c == other)
-    assert 0.4 < sum(verdicts) / 500 < 0.65
+        line = data.table_line(CFG, draw_habits(rng), rng)
+        a, op, b, c, other, verdict = CHECK.match(line).groups()
+        assert parse_expression(f"{a}{op}{b}")[0] == int(c)
+        assert (verdict in HITS) == (c == other)
+        hits += c == other
+    assert 0.4 < hits / 500 < 0.65
 
 
 def test_both_languages_are_mixed_within_documents():
     mixed = total = 0
-    for problem, _, lines, _ in countdown_documents(500):
+    for _, _, lines, _ in attempts_at_countdown(500):
         text = "".join(lines)
         english, chinese = re.findall("[a-z]+", text), re.findall("[\u4e00-\u9fff]+", text)
         if len(english) + len(chinese) > 3:
@@ -279,31 +338,35 @@ def test_both_languages_are_mixed_within_documents():
     assert mixed / total > 0.5
 
 
-def test_going_on_after_a_miss_is_told_from_giving_up():
-    assert data.goes_on_after_a_miss("3+2=5 vs 6 no\n3*2=6 vs 6 yes\n")
-    assert data.goes_on_after_a_miss("3+2=5 比 7 不对\n3*2=6 vs 7 no\n")
-    assert not data.goes_on_after_a_miss("3+2=5 vs 6 no\nI give up\n")
-    assert not data.goes_on_after_a_miss("3*2=6 vs 6 yes\n") and not data.goes_on_after_a_miss("")
+def test_some_authors_end_their_lines_with_an_emoji():
+    texts = ["".join(lines) for _, _, lines, _ in attempts_at_countdown(1000)]
+    with_emoji = [bool(re.search("[👉🤔🎉😴]", text)) for text in texts]
+    assert 0.1 < sum(with_emoji) / 1000 < 0.3
 
 
-class Prose:
-    def __contains__(self, line):
-        """Whether a page of prose may begin so: with a whole sentence."""
-        return bool(re.fullmatch(r"\w+ and (\w+: hello \w+ and \w+)|\w+: \w+(, \w+)+|(?P<words>(\w+ )+\w+), again: (?P=words)|\w+ has .+ to \w+ a \w+|(\w+ )+\w+|(very )+(?P<short>\w+ \w+), or (?P=short)", line))
+# ------------------------------------------------------------------------------------------ batches
+
+PROSE = re.compile(  # the first line of a page of prose
+    r"\w+ and (\w+: hello \w+ and \w+)|\w+: \w+(, \w+)+|(?P<words>(\w+ )+\w+), again: (?P=words)|"
+    r"\w+ has .+ to \w+ a \w+|(\w+ )+\w+|(very )+(?P<short>\w+ \w+), or (?P=short)")
+
+
+def begins_a_document(text):
+    first = text.split("\n")[0]
+    return text.startswith("User: ") or STEP.match(text) or PROSE.fullmatch(first)
 
 
 def test_rows_are_packed_with_whole_documents():
-    prose = Prose()
-    tokens, mask = corpus_batch(DataConfig(), TOK, random.Random(0), rows=8, length=200)
+    tokens, mask = corpus_batch(CFG, TOK, random.Random(0), rows=8, length=200)
     assert tokens.shape == mask.shape == (8, 200) and mask.float().mean() > 0.85
-    for row, kept in zip(tokens, mask):
+    for row, kept in zip(tokens, mask, strict=True):
         ids = row[kept].tolist()
         assert kept.long().diff().max() <= 0 and (row[~kept] == TOK.pad_id).all()
         assert ids[-1] == TOK.end_id
-        for part in TOK.decode([i if i != TOK.end_id else 0 for i in ids]).split("\0")[:-1]:
-            assert part.startswith("User: ") or STEP.match(part) or part.split("\n")[0] in prose
+        documents = TOK.decode([i if i != TOK.end_id else 0 for i in ids]).split("\0")[:-1]
+        assert all(begins_a_document(text) for text in documents)
 
 
 def test_a_corpus_batch_depends_on_its_generator_alone():
-    a, b, c = (corpus_batch(DataConfig(), TOK, random.Random(s), 2, 150)[0] for s in (1, 1, 2))
+    a, b, c = (corpus_batch(CFG, TOK, random.Random(seed), 2, 150)[0] for seed in (1, 1, 2))
     assert a.equal(b) and not a.equal(c)

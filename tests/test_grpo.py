@@ -1,33 +1,48 @@
-"""The mathematics of GRPO against hand-worked cases and a plain float64 restatement."""
+"""The mathematics of GRPO against hand-worked cases and a plain float64 restatement; the update and
+the loop with a tiny model, problems that are numbers, and rewards that need no text."""
 import copy
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import grpo
-from grpo import GRPOConfig, Rollout, group_advantages, grpo_loss, grpo_step, resample_equal_groups, rollout, token_weights
-from model import BadInput, token_logps
+from grpo import (
+    GRPOConfig,
+    Sample,
+    collate,
+    group_advantages,
+    grpo_loss,
+    token_weights,
+    train_grpo,
+    update_policy,
+)
+from model import UserError, generate, token_logps, validate
+
+NORMS = ("sequence", "token", "constant")
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# ---------------------------------------------------------------------------------------- advantages
+# -------------------------------------------------------------------------------------- advantages
 
 
 def test_advantages_by_hand_with_the_population_std():
-    adv = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))  # mean 1/4, std sqrt(3)/4 with ddof 0
+    adv = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))  # mean 1/4, std sqrt(3)/4
     assert torch.allclose(adv, torch.tensor([[3.0, -1.0, -1.0, -1.0]]) / math.sqrt(3))
 
 
 def test_the_readmes_group_by_hand():
     rewards = torch.tensor([[1.5, 0.5, 0, 1.5, 0.5, 0, 0, 0]])
     assert rewards.mean() == 0.5 and rewards.std(correction=0) == pytest.approx(0.612, abs=5e-4)
-    assert [round(a, 2) for a in group_advantages(rewards)[0].tolist()] == [1.63, 0, -0.82, 1.63, 0, -0.82, -0.82, -0.82]
+    adv = [round(a, 2) for a in group_advantages(rewards)[0].tolist()]
+    assert adv == [1.63, 0, -0.82, 1.63, 0, -0.82, -0.82, -0.82]
 
 
 def test_each_group_is_its_own_baseline():
@@ -36,7 +51,8 @@ def test_each_group_is_its_own_baseline():
 
 
 def test_without_std_advantages_are_centred_rewards():
-    assert torch.allclose(group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), "none"), torch.tensor([[0.75, -0.25, -0.25, -0.25]]))
+    adv = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), "none")
+    assert torch.allclose(adv, torch.tensor([[0.75, -0.25, -0.25, -0.25]]))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3, 1e6 + 0.1])
@@ -66,8 +82,8 @@ def plain_loss(logp, logp_old, logp_ref, adv, mask, cfg):
         terms = []
         for t in range(mask.shape[1]):
             if mask[i, t]:
-                lp, old, ref, a = float(logp[i, t]), float(logp_old[i, t]), float(logp_ref[i, t]), float(adv[i])
-                rho = math.exp(lp - old)
+                lp, old, ref = (float(x[i, t]) for x in (logp, logp_old, logp_ref))
+                rho, a = math.exp(lp - old), float(adv[i])
                 clipped = min(max(rho, 1 - cfg.clip_low), 1 + cfg.clip_high)
                 k3 = math.exp(ref - lp) - (ref - lp) - 1
                 terms.append(-min(rho * a, clipped * a) + cfg.kl_coef * k3)
@@ -80,84 +96,109 @@ def plain_loss(logp, logp_old, logp_ref, adv, mask, cfg):
     return sum(sum(terms) / len(terms) for terms in per_sequence if terms) / len(adv)
 
 
-def random_batch(seed, N=6, T=11, dtype=torch.float64):
+def random_batch(seed, N=6, T=11):
+    """logp, logp_old, logp_ref (N, T), adv (N,), mask (N, T); float64."""
     g = seeded(seed)
-    logp = -3 * torch.rand(N, T, generator=g, dtype=dtype)
-    old, ref = (logp + 0.4 * torch.randn(N, T, generator=g, dtype=dtype) for _ in range(2))
+    logp = -3 * torch.rand(N, T, generator=g, dtype=torch.float64)
+    noise = 0.4 * torch.randn(2, N, T, generator=g, dtype=torch.float64)
     lengths = torch.randint(1, T + 1, (N,), generator=g)
-    mask = torch.arange(T) < lengths[:, None]
-    return logp, old, ref, torch.randn(N, generator=g, dtype=dtype), mask
+    adv = torch.randn(N, generator=g, dtype=torch.float64)
+    return logp, logp + noise[0], logp + noise[1], adv, torch.arange(T) < lengths[:, None]
 
 
-@pytest.mark.parametrize("norm, kl, high, seed", list(itertools.product(["sequence", "token", "constant"], [0.0, 0.04, 1.0], [0.2, 0.28], [0, 1])))
+CASES = list(itertools.product(NORMS, [0.0, 0.04, 1.0], [0.2, 0.28], [0, 1]))
+
+
+@pytest.mark.parametrize("norm, kl, high, seed", CASES)
 def test_the_loss_is_the_papers_formula(norm, kl, high, seed):
     cfg = GRPOConfig(loss_norm=norm, kl_coef=kl, clip_high=high, max_new_tokens=13)
-    logp, old, ref, adv, mask = random_batch(seed)
-    loss, metrics = grpo_loss(logp, old, ref, adv, mask, cfg)
-    assert abs(loss.item() - plain_loss(logp, old, ref, adv, mask, cfg)) < 1e-6
-    assert all(isinstance(v, float) for v in metrics.values())
+    batch = random_batch(seed)
+    loss, metrics = grpo_loss(*batch, cfg)
+    assert abs(loss.item() - plain_loss(*batch, cfg)) < 1e-6
+    assert all(isinstance(value, float) for value in metrics.values())
 
 
 def test_the_loss_of_large_float64_terms_is_exact_too():
     logp, old, ref, adv, mask = random_batch(5, N=64, T=300)
-    for norm in ("sequence", "token", "constant"):
+    batch = logp, old, ref, 1e4 * adv, mask
+    for norm in NORMS:
         cfg = GRPOConfig(loss_norm=norm, kl_coef=1.0)
-        assert abs(grpo_loss(logp, old, ref, 1e4 * adv, mask, cfg)[0].item() - plain_loss(logp, old, ref, 1e4 * adv, mask, cfg)) < 1e-6
+        assert abs(grpo_loss(*batch, cfg)[0].item() - plain_loss(*batch, cfg)) < 1e-6
 
 
-def test_a_sequence_with_nothing_to_learn_counts_as_zero():
-    logp, old, ref, adv, mask = random_batch(0)
-    mask[2] = False
-    for norm in ("sequence", "token", "constant"):
-        cfg = GRPOConfig(loss_norm=norm)
-        assert abs(grpo_loss(logp, old, ref, adv, mask, cfg)[0].item() - plain_loss(logp, old, ref, adv, mask, cfg)) < 1e-6
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_sequence_with_nothing_to_learn_counts_as_zero(norm):
+    batch, cfg = random_batch(0), GRPOConfig(loss_norm=norm)
+    batch[-1][2] = False
+    assert abs(grpo_loss(*batch, cfg)[0].item() - plain_loss(*batch, cfg)) < 1e-6
+
+
+def loss_of_one_token(ratio, adv, cfg):
+    """-> the loss, its gradient with respect to the log-prob, and the metrics."""
+    logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    one = torch.ones(1, 1)
+    loss, metrics = grpo_loss(logp, 0 * one, None, torch.tensor([adv]), one, cfg)
+    loss.backward()
+    return loss.item(), logp.grad.item(), metrics
 
 
 @pytest.mark.parametrize("adv, ratio, loss, gradient", [
-    (+2.0, 1.5, -2.0 * 1.2, 0.0),         # good and already likelier than the clip: no further push
-    (+2.0, 0.5, -2.0 * 0.5, -2.0 * 0.5),  # good but less likely than before: pushed up, unclipped
-    (-2.0, 1.5, +2.0 * 1.5, +2.0 * 1.5),  # bad and likelier than before: pushed down, unclipped
-    (-2.0, 0.5, +2.0 * 0.8, 0.0),         # bad and already rarer than the clip: no further push
+    (+2.0, 1.5, -2.0 * 1.2, 0.0),         # good, already above the clip: no further push
+    (+2.0, 0.5, -2.0 * 0.5, -2.0 * 0.5),  # good, less likely than before: pushed up, unclipped
+    (-2.0, 1.5, +2.0 * 1.5, +2.0 * 1.5),  # bad, more likely than before: pushed down, unclipped
+    (-2.0, 0.5, +2.0 * 0.8, 0.0),         # bad, already below the clip: no further push
 ])
 def test_the_four_cases_of_the_clip(adv, ratio, loss, gradient):
-    logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-    got, metrics = grpo_loss(logp, torch.zeros(1, 1), None, torch.tensor([adv]), torch.ones(1, 1), GRPOConfig(kl_coef=0.0))
-    got.backward()
-    assert got.item() == pytest.approx(loss) and logp.grad.item() == pytest.approx(gradient)
-    assert metrics["clip"] == (gradient == 0)
+    got_loss, got_gradient, metrics = loss_of_one_token(ratio, adv, GRPOConfig(kl_coef=0.0))
+    assert got_loss == pytest.approx(loss) and got_gradient == pytest.approx(gradient)
+    assert metrics["clip"] == (gradient == 0) and metrics["ratio"] == pytest.approx(ratio)
 
 
 def test_the_upper_and_the_lower_clip_are_separate():
     cfg = GRPOConfig(clip_low=0.1, clip_high=0.5, kl_coef=0.0)
-    loss = lambda ratio, adv: grpo_loss(torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), None, torch.tensor([adv]), torch.ones(1, 1), cfg)[0].item()
-    assert loss(2.0, 1.0) == pytest.approx(-1.5) and loss(0.2, -1.0) == pytest.approx(0.9)
+    assert loss_of_one_token(2.0, 1.0, cfg)[0] == pytest.approx(-1.5)
+    assert loss_of_one_token(0.2, -1.0, cfg)[0] == pytest.approx(0.9)
 
 
 def test_kl_is_zero_only_where_policy_and_reference_agree():
-    one = torch.ones(1, 3)
+    one, adv = torch.ones(1, 3), torch.zeros(1)
     same, far = torch.full((1, 3), -1.0), torch.tensor([[-1.0, -2.0, -0.1]])
-    assert grpo_loss(same, same, same, torch.zeros(1), one, GRPOConfig())[1]["kl"] == 0
-    _, metrics = grpo_loss(same, same, far, torch.zeros(1), one, GRPOConfig())
+    assert grpo_loss(same, same, same, adv, one, GRPOConfig())[1]["kl"] == 0
+    _, metrics = grpo_loss(same, same, far, adv, one, GRPOConfig())
     want = (0 + (math.exp(-1.0) + 1 - 1) + (math.exp(0.9) - 0.9 - 1)) / 3
     assert metrics["kl"] == pytest.approx(want, rel=1e-5)
 
 
-def test_the_kl_estimate_averages_to_the_exact_kl():
-    policy, ref = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.2, 0.5, 0.3]).double()
-    exact = (policy * (policy / ref).log()).sum().item()
-    logp, logp_ref = policy.log()[None], ref.log()[None]
-    # The expectation over the policy's own samples, taken exactly: each token once, weighted by its probability.
-    _, metrics = grpo_loss(logp, logp, logp_ref, torch.zeros(1), torch.ones(1, 3), GRPOConfig(), weights=policy[None])
-    assert metrics["kl"] == pytest.approx(exact, abs=1e-12)
+POLICY = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+REFERENCE = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+EXACT_KL = (POLICY * (POLICY / REFERENCE).log()).sum().item()
+
+
+def test_the_kl_term_of_the_loss_averages_to_the_exact_kl():
+    # The expectation over the policy's own samples, taken exactly: a row for each token, weighted
+    # by the token's probability.
+    logp, logp_ref = POLICY.log()[:, None], REFERENCE.log()[:, None]
+    mask, cfg = torch.ones(3, 1), GRPOConfig(kl_coef=1.0)
+    loss, _ = grpo_loss(logp, logp, logp_ref, torch.zeros(3), mask, cfg, weights=POLICY)
+    assert loss.item() == pytest.approx(EXACT_KL, abs=1e-12)
+
+
+def test_the_kl_metric_averages_to_the_exact_kl_and_the_entropy_metric_to_the_entropy():
+    token = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)  # each as often as its probability says
+    logp, logp_ref = POLICY.log()[token][:, None], REFERENCE.log()[token][:, None]
+    _, metrics = grpo_loss(logp, logp, logp_ref, torch.zeros(10), torch.ones(10, 1), GRPOConfig())
+    assert metrics["kl"] == pytest.approx(EXACT_KL, abs=1e-12)
+    assert metrics["entropy"] == pytest.approx(-(POLICY * POLICY.log()).sum().item(), abs=1e-12)
 
 
 def test_the_kl_gradient_depends_on_the_reference():
+    one, adv, cfg = torch.ones(1, 1), torch.zeros(1), GRPOConfig(kl_coef=1.0)
     gradients = []
-    for ref in (-1.0, -2.0):
+    for logp_ref in (-1.0, -2.0):
         logp = torch.full((1, 1), -1.5, requires_grad=True)
-        grpo_loss(logp, logp.detach(), torch.full((1, 1), ref), torch.zeros(1), torch.ones(1, 1), GRPOConfig(kl_coef=1.0))[0].backward()
+        grpo_loss(logp, logp.detach(), logp_ref * one, adv, one, cfg)[0].backward()
         gradients.append(logp.grad.item())
-    assert gradients[0] < 0 < gradients[1]  # pulled up towards a likelier reference, down towards a rarer one
+    assert gradients[0] < 0 < gradients[1]  # log-probs are pulled up to the reference, and down
 
 
 def test_what_lies_outside_the_mask_cannot_matter():
@@ -168,207 +209,568 @@ def test_what_lies_outside_the_mask_cannot_matter():
         loss, again = grpo_loss(*dirty, adv, mask, GRPOConfig())
         loss.backward()
         assert loss.item() == want.item() and again == metrics
-        assert torch.isfinite(dirty[0].grad).all() and (dirty[0].grad[~mask] == 0).all()
+        gradient = dirty[0].grad
+        assert torch.isfinite(gradient).all() and (gradient[~mask] == 0).all()
 
 
-def test_parts_of_a_batch_add_up_to_the_whole():
+@pytest.mark.parametrize("norm", NORMS)
+def test_parts_of_a_batch_add_up_to_the_whole(norm):
     logp, old, ref, adv, mask = random_batch(4)
-    for norm in ("sequence", "token", "constant"):
-        cfg = GRPOConfig(loss_norm=norm)
-        whole, metrics = grpo_loss(logp, old, ref, adv, mask, cfg)
-        weights = token_weights(mask, cfg)
-        parts = [grpo_loss(logp[r], old[r], ref[r], adv[r], mask[r], cfg, weights[r]) for r in ([0, 3], [1], [2, 4, 5])]
-        assert sum(p[0] for p in parts).item() == pytest.approx(whole.item(), abs=1e-6)
-        assert {k: sum(p[1][k] for p in parts) for k in metrics} == pytest.approx(metrics, abs=1e-6)
+    cfg = GRPOConfig(loss_norm=norm)
+    whole, metrics = grpo_loss(logp, old, ref, adv, mask, cfg)
+    n_tokens = mask.sum(dim=1)
+    weights, total_loss, total = token_weights(n_tokens, 6, cfg), 0.0, dict.fromkeys(metrics, 0.0)
+    for r in ([0, 3], [1], [2, 4, 5]):
+        loss, means = grpo_loss(logp[r], old[r], ref[r], adv[r], mask[r], cfg, weights[r])
+        total_loss += loss.item()
+        for name, mean in means.items():  # a part's means count by its share of the tokens
+            total[name] += mean * (n_tokens[r].sum() / n_tokens.sum()).item()
+    assert total_loss == pytest.approx(whole.item(), abs=1e-6)
+    assert total == pytest.approx(metrics, abs=1e-6)
 
 
-# ---------------------------------------------------------------------------------------- rollouts and steps
+def test_metrics_are_means_over_tokens_whatever_the_loss_weighs():
+    batch = random_batch(4)
+    first, *others = [grpo_loss(*batch, GRPOConfig(loss_norm=norm))[1] for norm in NORMS]
+    assert all(other == first for other in others)
+    logp, old, _, _, mask = batch
+    assert first["ratio"] == pytest.approx((logp - old).exp()[mask].mean().item(), abs=1e-12)
+    assert first["entropy"] == pytest.approx(-old[mask].mean().item(), abs=1e-12)
 
 
-def parity(problems, completions):
-    """1 for completions with an even number of tokens: something to learn that needs no text."""
-    even = [float(len(c) % 2 == 0) for c in completions]
-    return even, {"accuracy": even}
+def test_token_weights_by_hand():
+    def weights(norm, N=2):
+        cfg = GRPOConfig(loss_norm=norm, max_new_tokens=10)
+        return token_weights(torch.tensor([1, 4]), N, cfg).tolist()
+
+    assert weights("sequence") == [1 / 2, 1 / 8]
+    assert weights("token") == [1 / 5, 1 / 5]
+    assert weights("constant") == [1 / 20, 1 / 20]
+    # Two more completions were truncated and left out: they count as completions without tokens.
+    assert weights("sequence", 4) == [1 / 4, 1 / 16]
+    assert weights("token", 4) == [1 / 5, 1 / 5]
+    assert weights("constant", 4) == [1 / 40, 1 / 40]
 
 
-def sample(model, cfg, seed=0, prompts=((5, 6, 7), (8,), (9, 10, 11, 12))):
-    prompts = [list(p) for p in prompts]
-    return rollout(model, list(range(len(prompts))), prompts, parity, cfg, seeded(seed), stop_ids=(1, 2))
+# -------------------------------------------------------------------------------------- the update
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
+SMALL = GRPOConfig(prompts_per_step=3, group_size=4, max_new_tokens=24, temperature=0.8,
+                   kl_coef=0.05, max_grad_norm=1e9)
+NO_KL = replace(SMALL, kl_coef=0.0)
 
 
-SMALL = GRPOConfig(prompts_per_step=3, group_size=4, max_new_tokens=24, temperature=0.8, kl_coef=0.05, max_grad_norm=1e9)
+def set_rewards(groups, rewards, cfg=SMALL):
+    """Gives the samples of all groups these rewards (P, G), and their advantages."""
+    rewards = torch.tensor(rewards)
+    adv = group_advantages(rewards, cfg.adv_norm)
+    for i, group in enumerate(groups):
+        for j, sample in enumerate(group):
+            sample.reward, sample.adv = rewards[i, j].item(), adv[i, j].item()
 
 
-def sgd(model):
-    return [torch.optim.SGD(model.parameters(), lr=1.0)]
+def rollout(model, cfg=SMALL, prompts=PROMPTS):
+    """Groups of samples. The reward is 1 for completions with an even number of tokens: something
+    to learn that needs no text."""
+    G = cfg.group_size
+    completions = generate(model, prompts, G, cfg.max_new_tokens, cfg.temperature, (1, 2), seeded())
+    samples = [Sample(**vars(c)) for c in completions]
+    groups = [samples[i:i + G] for i in range(0, len(samples), G)]
+    set_rewards(groups, [[float(len(s.ids) % 2 == 0) for s in group] for group in groups], cfg)
+    return groups
 
 
-def change(model, ref, batch, cfg):
-    """What one step does to the weights, as one vector, and its metrics."""
+def flat(groups):
+    return [sample for group in groups for sample in group]
+
+
+def sgd(model, lr=1.0):
+    return [torch.optim.SGD(model.parameters(), lr=lr)]
+
+
+def vector(tensors):
+    return torch.cat([x.detach().flatten() for x in tensors])
+
+
+def change(model, ref, groups, cfg):
+    """What one update does to the weights, as one vector, and its metrics."""
     model = copy.deepcopy(model)
-    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-    metrics = grpo_step(model, ref, sgd(model), batch, cfg, seeded())
-    return torch.cat([p.detach().flatten() for p in model.parameters()]) - before, metrics
+    before = vector(model.parameters())
+    metrics = update_policy(model, ref, sgd(model), groups, cfg, seeded())
+    return vector(model.parameters()) - before, metrics
+
+
+def whole_batch_gradient(model, ref, samples, n_completions, cfg):
+    """The gradient of the loss of all samples at once, as one vector, and the loss. Padding takes
+    part in every forward pass here, and `n_completions` may count some that were left out."""
+    model = copy.deepcopy(model)
+    tokens, mask, logp_old, adv = collate(samples, "cpu")
+    logp, logp_ref = (token_logps(m, tokens, cfg.temperature) for m in (model, ref))
+    weights = token_weights(mask.sum(dim=1), n_completions, cfg)
+    loss, _ = grpo_loss(logp, logp_old, logp_ref.detach(), adv, mask, cfg, weights)
+    loss.backward()
+    return vector(p.grad for p in model.parameters()), loss.item()
 
 
 def shifted(model):
     """A reference that differs from the policy."""
-    ref = copy.deepcopy(model)
+    ref, generator = copy.deepcopy(model), seeded(7)
     with torch.no_grad():
         for p in ref.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=seeded(7)))
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
     return ref
 
 
-def test_a_rollout_keeps_problem_order_and_rewards_every_completion(tiny):
-    seen = {}
+def near(a, b, tolerance=1e-5):
+    return (a - b).norm() <= tolerance * b.norm()
 
-    def reward_fn(problems, completions):
-        seen.update(problems=problems, completions=completions)
-        return list(range(12)), {"accuracy": [0.5] * 12}
-    batch = rollout(tiny, ["a", "b", "c"], [[5], [6, 7], [8]], reward_fn, SMALL, seeded(), stop_ids=(1,))
-    assert seen["problems"] == ["a"] * 4 + ["b"] * 4 + ["c"] * 4
-    assert batch.rewards.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    assert [row[1:][m].tolist() for row, m in zip(batch.tokens, batch.mask)] == seen["completions"]
+
+def test_a_prompt_sits_before_its_completion_and_padding_behind():
+    # The second ends with token 0, which is what rows are padded with: it is still learnt.
+    samples = [Sample([5, 6, 7], [8, 9, 1], torch.tensor([-1.0, -2.0, -3.0]), False, adv=0.5),
+               Sample([4], [3, 0], torch.tensor([-4.0, -5.0]), False, adv=-0.5),
+               Sample([4, 4], [7, 7, 7, 7, 7], torch.full((5,), -6.0), True, adv=0.0)]
+    tokens, mask, logp_old, adv = collate(samples, "cpu")
+    assert tokens.tolist() == [[5, 6, 7, 8, 9, 1, 0], [4, 3, 0, 0, 0, 0, 0], [4, 4, 7, 7, 7, 7, 7]]
+    assert mask.int().tolist() == [[0, 0, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]]
+    assert logp_old.tolist() == [[0, 0, -1, -2, -3, 0], [-4, -5, 0, 0, 0, 0], [0] + [-6] * 5]
+    assert adv.tolist() == [0.5, -0.5, 0.0]
+    for row, kept, sample in zip(tokens, mask, samples, strict=True):
+        assert row[1:][kept].tolist() == sample.ids
+        assert row[:len(sample)].tolist() == sample.prompt + sample.ids
 
 
 def test_at_the_first_step_the_ratio_is_one_and_nothing_is_clipped(tiny):
-    batch = sample(tiny, SMALL)
-    logp = token_logps(tiny, batch.tokens, SMALL.temperature)
-    assert torch.allclose(logp[batch.mask], batch.logp_old[batch.mask], atol=1e-4)
-    _, metrics = change(tiny, copy.deepcopy(tiny), batch, SMALL)
+    groups = rollout(tiny)
+    tokens, mask, logp_old, _ = collate(flat(groups), "cpu")
+    logp = token_logps(tiny, tokens, SMALL.temperature)
+    assert torch.allclose(logp[mask], logp_old[mask], atol=1e-4)
+    _, metrics = change(tiny, copy.deepcopy(tiny), groups, SMALL)
     assert metrics["ratio"] == pytest.approx(1, abs=1e-4) and metrics["clip"] == 0
-    assert metrics["kl"] == pytest.approx(0, abs=1e-6)  # the reference was sampled and scored at the same temperature
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6)  # all at the same temperature
+    assert metrics["entropy"] == pytest.approx(-logp_old[mask].mean().item(), rel=1e-4)
 
 
-def test_the_step_follows_the_gradient_of_the_whole_batch(tiny):
-    ref, batch = shifted(tiny), sample(tiny, SMALL)
-    model = copy.deepcopy(tiny)
-    adv = group_advantages(batch.rewards).flatten()
-    logp = token_logps(model, batch.tokens, 0.8)
-    loss, _ = grpo_loss(logp, batch.logp_old, token_logps(ref, batch.tokens, 0.8).detach(), adv, batch.mask, SMALL)
-    loss.backward()
-    want = -torch.cat([p.grad.flatten() for p in model.parameters()])
-    got, metrics = change(tiny, ref, batch, SMALL)
-    assert want.norm() > 0.01 and torch.allclose(got, want, atol=1e-5 * want.norm().item())
-    assert metrics["loss"] == pytest.approx(loss.item(), abs=1e-5)
-    assert metrics["grad_norm"] == pytest.approx(want.norm().item(), rel=1e-4)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_at_the_first_step_the_mean_ratio_is_one_for_every_loss_norm(tiny, norm, mask_truncated):
+    groups = rollout(tiny)
+    for i, sample in enumerate(flat(groups)):
+        sample.truncated = i % 2 == 0
+    for micro_tokens in (40, 2048):
+        cfg = replace(NO_KL, loss_norm=norm, mask_truncated=mask_truncated,
+                      micro_tokens=micro_tokens)
+        _, metrics = change(tiny, None, groups, cfg)
+        assert metrics["ratio"] == pytest.approx(1, abs=1e-4) and metrics["clip"] == 0
 
 
-@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
-def test_gradients_depend_neither_on_micro_batches_nor_on_padding(tiny, norm):
-    cfg = replace(SMALL, loss_norm=norm)
-    ref, batch = shifted(tiny), sample(tiny, cfg)
-    want, metrics = change(tiny, ref, batch, cfg)
-    padded = replace(batch, tokens=torch.nn.functional.pad(batch.tokens, (0, 9), value=3),
-                     mask=torch.nn.functional.pad(batch.mask, (0, 9)), logp_old=torch.nn.functional.pad(batch.logp_old, (0, 9)))
-    for b, micro in [(batch, 1), (batch, 40), (padded, 100), (padded, 10**6)]:
-        got, again = change(tiny, ref, b, replace(cfg, micro_tokens=micro))
-        assert torch.allclose(got, want, atol=1e-5 * want.norm().item())
-        assert again == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_step_follows_the_gradient_of_the_whole_batch(tiny, norm):
+    cfg, ref, groups = replace(SMALL, loss_norm=norm), shifted(tiny), rollout(tiny)
+    gradient, loss = whole_batch_gradient(tiny, ref, flat(groups), 12, cfg)
+    got, metrics = change(tiny, ref, groups, cfg)
+    assert gradient.norm() > 0.01 and near(got, -gradient)
+    assert metrics["loss"] == pytest.approx(loss, abs=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
 
 
-def test_micro_batches_hold_every_row_once_within_the_budget_neighbours_in_length():
-    lengths = torch.tensor([5, 40, 7, 33, 6, 39, 5, 8])
-    parts = list(grpo.micro_batches(torch.arange(8), lengths, 80))
-    assert sorted(torch.cat(parts).tolist()) == list(range(8))
-    assert all(len(p) * int(lengths[p].max()) <= 80 for p in parts) and len(parts) < 6
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_depend_neither_on_micro_batches_nor_on_padding(tiny, norm, monkeypatch):
+    cfg, ref, groups = replace(SMALL, loss_norm=norm), shifted(tiny), rollout(tiny)
+    want, metrics = change(tiny, ref, groups, cfg)
+
+    def padded(samples, device):  # nine more columns, which hold token 3
+        tokens, mask, logp_old, adv = collate(samples, device)
+        return F.pad(tokens, (0, 9), value=3), F.pad(mask, (0, 9)), F.pad(logp_old, (0, 9)), adv
+
+    for how, micro_tokens in [(collate, 1), (collate, 40), (padded, 100), (padded, 10**6)]:
+        monkeypatch.setattr(grpo, "collate", how)
+        got, again = change(tiny, ref, groups, replace(cfg, micro_tokens=micro_tokens))
+        assert near(got, want) and again == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
-def test_truncated_completions_leave_the_loss_but_stay_in_the_baseline(tiny):
-    batch = sample(tiny, SMALL)
-    batch = replace(batch, truncated=torch.tensor([True, False, False, True] * 3))
-    kept = batch.mask & ~batch.truncated[:, None]
-    model, ref = copy.deepcopy(tiny), shifted(tiny)
-    adv = group_advantages(batch.rewards).flatten()  # of all four, not of the two that remain
-    loss, _ = grpo_loss(token_logps(model, batch.tokens, 0.8), batch.logp_old, token_logps(ref, batch.tokens, 0.8).detach(), adv, kept, SMALL)
-    loss.backward()
-    want = -torch.cat([p.grad.flatten() for p in model.parameters()])
-    got, _ = change(tiny, ref, batch, replace(SMALL, mask_truncated=True))
-    assert torch.allclose(got, want, atol=1e-5 * want.norm().item())
-    assert not torch.allclose(got, change(tiny, ref, batch, SMALL)[0], atol=1e-3 * want.norm().item())
+def test_micro_batches_hold_every_row_once_within_the_budget_neighbours_in_length(
+        tiny, monkeypatch):
+    lengths = [5, 40, 7, 33, 6, 39, 5, 8]
+    samples = [Sample([3], [4] * (n - 1), torch.zeros(n - 1), False, adv=1.0) for n in lengths]
+    seen = []
+
+    def recording(samples, device):
+        seen.append([len(sample) for sample in samples])
+        return collate(samples, device)
+
+    monkeypatch.setattr(grpo, "collate", recording)
+    change(tiny, None, [samples[:4], samples[4:]], replace(NO_KL, micro_tokens=80))
+    assert sum(seen, []) == sorted(lengths, reverse=True)
+    assert all(len(part) * max(part) <= 80 for part in seen) and len(seen) < 6
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_truncated_completions_leave_the_loss_but_stay_in_the_baseline(tiny, norm):
+    cfg, ref, groups = replace(SMALL, loss_norm=norm), shifted(tiny), rollout(tiny)
+    for group in groups:  # the advantages are still of all four, not of the two that remain
+        for sample, truncated in zip(group, (True, False, False, True), strict=True):
+            sample.truncated = truncated
+    kept = [sample for sample in flat(groups) if not sample.truncated]
+    gradient, _ = whole_batch_gradient(tiny, ref, kept, 12, cfg)
+    got, _ = change(tiny, ref, groups, replace(cfg, mask_truncated=True))
+    assert near(got, -gradient)
+    assert not near(got, change(tiny, ref, groups, cfg)[0], 1e-2)
+
+
+def test_a_minibatch_of_nothing_but_truncated_completions_moves_nothing(tiny):
+    groups = rollout(tiny)
+    for sample in flat(groups):
+        sample.truncated = True
+    for norm in NORMS:
+        cfg = replace(SMALL, loss_norm=norm, mask_truncated=True, minibatches=2)
+        moved, metrics = change(tiny, shifted(tiny), groups, cfg)
+        assert (moved == 0).all() and metrics["grad_norm"] == metrics["skipped"] == 0
 
 
 def test_later_inner_epochs_are_measured_against_the_sampling_policy(tiny):
-    batch = sample(tiny, SMALL)
-    model = copy.deepcopy(tiny)
-    optimizer = [torch.optim.SGD(model.parameters(), lr=0.05)]
-    once = grpo_step(model, None, optimizer, batch, replace(SMALL, kl_coef=0.0), seeded())
-    twice = grpo_step(model, None, optimizer, batch, replace(SMALL, kl_coef=0.0), seeded())
+    groups, model = rollout(tiny), copy.deepcopy(tiny)
+    once, twice = (update_policy(model, None, sgd(model, 0.05), groups, NO_KL, seeded())
+                   for _ in range(2))
     assert abs(once["ratio"] - 1) < 1e-4 < abs(twice["ratio"] - 1)
+    cfg = replace(NO_KL, inner_epochs=2)
+    both = update_policy(tiny, None, sgd(tiny, 0.05), groups, cfg, seeded())
+    assert both["ratio"] == pytest.approx((once["ratio"] + twice["ratio"]) / 2, abs=1e-4)
+
+
+class Counting(torch.optim.SGD):
+    steps = 0
+
+    def step(self):
+        self.steps += 1
+        super().step()
 
 
 def test_minibatches_split_the_rollout_into_that_many_optimiser_steps(tiny):
-    steps = []
+    optimizer = Counting(tiny.parameters(), lr=0.01)
+    cfg, ref = replace(SMALL, inner_epochs=2, minibatches=3), copy.deepcopy(tiny)
+    metrics = update_policy(tiny, ref, [optimizer], rollout(tiny), cfg, seeded())
+    assert optimizer.steps == 6 and metrics["kl"] > 0
 
-    class Counting(torch.optim.SGD):
-        def step(self):
-            steps.append(1)
-            super().step()
-    cfg = replace(SMALL, inner_epochs=2, minibatches=3, kl_coef=0.05)
-    metrics = grpo_step(tiny, copy.deepcopy(tiny), [Counting(tiny.parameters(), lr=0.01)], sample(tiny, cfg), cfg, seeded())
-    assert len(steps) == 6 and metrics["kl"] > 0
+
+def test_eight_completions_make_five_minibatches_if_five_are_asked_for(tiny, monkeypatch):
+    groups, seen = rollout(tiny, prompts=PROMPTS[:2]), []
+
+    def recording(samples, device):
+        seen.append(samples)
+        return collate(samples, device)
+
+    monkeypatch.setattr(grpo, "collate", recording)
+    optimizer = Counting(tiny.parameters(), lr=0.01)
+    update_policy(tiny, None, [optimizer], groups, replace(NO_KL, minibatches=5), seeded())
+    assert optimizer.steps == 5 and sorted(map(len, seen)) == [1, 1, 2, 2, 2]
+    assert sorted(map(id, sum(seen, []))) == sorted(map(id, flat(groups)))
 
 
 def test_equal_rewards_and_no_kl_move_nothing(tiny):
-    batch = sample(tiny, SMALL)
-    batch = replace(batch, rewards=torch.ones_like(batch.rewards))
-    moved, _ = change(tiny, None, batch, replace(SMALL, kl_coef=0.0))
+    groups = rollout(tiny)
+    set_rewards(groups, [[1.0] * 4] * 3)
+    moved, _ = change(tiny, None, groups, NO_KL)
     assert (moved == 0).all()
 
 
-def test_good_completions_become_likelier_and_bad_ones_rarer(tiny):
-    batch = sample(tiny, SMALL)
-    model = copy.deepcopy(tiny)
-    grpo_step(model, None, [torch.optim.SGD(model.parameters(), lr=1e-3)], batch, replace(SMALL, kl_coef=0.0), seeded())
-    adv = group_advantages(batch.rewards).flatten()
-    gain = ((token_logps(model, batch.tokens, 0.8) - token_logps(tiny, batch.tokens, 0.8)) * batch.mask).sum(1) / batch.mask.sum(1)
-    assert (gain * adv).sum() > 0
+def test_good_completions_become_more_likely_and_bad_ones_less_likely(tiny):
+    groups, model = rollout(tiny), copy.deepcopy(tiny)
+    update_policy(model, None, sgd(model, 1e-3), groups, NO_KL, seeded())
+    tokens, mask, _, adv = collate(flat(groups), "cpu")
+    gain = token_logps(model, tokens, 0.8, mask) - token_logps(tiny, tokens, 0.8, mask)
+    assert (gain.sum(dim=1) / mask.sum(dim=1) * adv).sum() > 0
 
 
 def test_a_rollout_is_never_changed_by_a_step(tiny):
-    batch = sample(tiny, SMALL)
-    before = copy.deepcopy(batch)
-    change(tiny, shifted(tiny), batch, replace(SMALL, inner_epochs=2, minibatches=2))
-    assert all(torch.equal(getattr(batch, k), getattr(before, k)) for k in ("tokens", "mask", "logp_old", "rewards", "truncated"))
+    groups = rollout(tiny)
+    before = copy.deepcopy(groups)
+    change(tiny, shifted(tiny), groups, replace(SMALL, inner_epochs=2, minibatches=2))
+    assert [len(group) for group in groups] == [4, 4, 4]
+    for sample, old in zip(flat(groups), flat(before), strict=True):
+        assert torch.equal(sample.logps, old.logps)
+        assert {**vars(sample), "logps": 0} == {**vars(old), "logps": 0}
 
 
 def test_gradients_that_are_not_finite_change_nothing(tiny):
-    batch = sample(tiny, SMALL)
-    batch = replace(batch, logp_old=torch.where(batch.mask, torch.nan, batch.logp_old))
-    model = copy.deepcopy(tiny)
-    metrics = grpo_step(model, None, [torch.optim.AdamW(model.parameters(), lr=0.1)], batch, replace(SMALL, kl_coef=0.0), seeded())
+    groups, model = rollout(tiny), copy.deepcopy(tiny)
+    for sample in flat(groups):
+        sample.logps = torch.full_like(sample.logps, torch.nan)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1)]
+    metrics = update_policy(model, None, optimizers, groups, NO_KL, seeded())
     assert metrics["skipped"] == 1 and all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny.parameters()))
+    assert torch.equal(vector(model.parameters()), vector(tiny.parameters()))
 
 
-# ---------------------------------------------------------------------------------------- dynamic sampling
+def test_autocast_does_not_span_optimiser_steps(tiny):
+    # As long as one autocast context lasts, torch keeps its first bfloat16 copies of the matrices.
+    # If it lasted for all of these steps, the ratio would stay near 1 and little would be clipped.
+    groups, cfg = rollout(tiny), replace(NO_KL, inner_epochs=2, minibatches=2)
+
+    def update(autocast, context):
+        policy = copy.deepcopy(tiny)
+        policy.autocast = autocast
+        with context:
+            return update_policy(policy, None, sgd(policy, 0.05), groups, cfg, seeded())
+
+    fp32, rounded = update(False, nullcontext()), update(True, nullcontext())
+    assert fp32["clip"] > 0.2 and fp32["ratio"] > 1.05
+    assert rounded["clip"] == pytest.approx(fp32["clip"], abs=0.03)
+    assert rounded["ratio"] == pytest.approx(fp32["ratio"], abs=0.02)
+    spanning = update(True, torch.autocast("cpu", dtype=torch.bfloat16))
+    assert spanning["clip"] < 0.5 * fp32["clip"] and spanning["ratio"] < 1.03
 
 
-def fake(rewards, T):
-    rewards = torch.tensor(rewards, dtype=torch.float64)
-    N = rewards.numel()
-    return Rollout(torch.full((N, T), T), torch.ones(N, T - 1).bool(), torch.full((N, T - 1), -1.0 * T), torch.zeros(N).bool(), rewards, {"accuracy": rewards})
+# ---------------------------------------------------------------------------------------- the loop
 
 
-def test_groups_that_teach_nothing_are_replaced_until_the_cap():
-    asked, supply = [], iter([fake([[1, 1], [1, 0]], 7), fake([[0, 1]], 5), fake([[0, 1]], 5)])
+class Env:
+    """Problems are numbers. A completion's text is its ids, and it is right if their count is even,
+    or else its rewards come from a script: a list of rewards for each call of `reward`."""
+    stop_ids = (1, 2)
 
-    def more(n):
-        asked.append(n)
-        return next(supply)
-    batch = resample_equal_groups(fake([[1, 0], [0, 0], [1, 1]], 6), more, times=3)
-    assert asked == [2, 1]  # two groups were equal, then one of the new ones; after that none
-    assert batch.rewards.tolist() == [[1, 0], [1, 0], [0, 1]]
-    assert batch.tokens.shape == (6, 7) and batch.mask.sum(1).tolist() == [5, 5, 6, 6, 4, 4]
-    assert batch.logp_old[batch.mask].tolist() == [-6.0] * 10 + [-7.0] * 12 + [-5.0] * 8
-    tries = []
-    capped = resample_equal_groups(fake([[0, 0]], 6), lambda n: tries.append(n) or fake([[0, 0]] * n, 6), times=2)
-    assert capped.rewards.tolist() == [[0, 0]] and tries == [1, 1]
+    def __init__(self, script=None):
+        self.script, self.drawn, self.texts = script, [], []
+
+    def draw(self, rng):
+        self.drawn.append(rng.randrange(3, 40))
+        return self.drawn[-1], [self.drawn[-1], 5]
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+    def reward(self, problems, texts):
+        self.texts.append(list(zip(problems, texts, strict=True)))
+        rewards = [float(len(text.split()) % 2 == 0) for text in texts]
+        if self.script:
+            rewards = self.script[len(self.texts) - 1]
+        return rewards, [{"accuracy": reward} for reward in rewards]
+
+
+class Run:
+    """Remembers all that the loop reports. What it has at the end of step `stop` is a checkpoint,
+    from which another run goes on."""
+    name, seed = "zero", 1
+
+    def __init__(self, stop=0, checkpoint=None, sample_dtype=torch.float32):
+        self.stop, self.checkpoint, self.sample_dtype = stop, checkpoint, sample_dtype
+        self.seconds, self.metrics, self.table, self.lines = 0.0, [], [], []
+        self.lr, self.references, self.samplers = [], [], []
+
+    def resume(self, policy, optimizers, ref):
+        if self.checkpoint is None:
+            return 0
+        policy.load_state_dict(self.checkpoint["policy"])
+        for optimizer, state in zip(optimizers, self.checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        return self.checkpoint["step"]
+
+    def log(self, metrics, row):
+        self.metrics.append(metrics)
+        self.table.append(row)
+
+    def append(self, file, line):
+        self.lines.append((file, line))
+
+    def end_step(self, step, n_steps, policy, optimizers, ref):
+        self.lr.append(optimizers[-1].param_groups[0]["lr"])
+        same = ref and torch.equal(vector(ref.parameters()), vector(policy.parameters()))
+        self.references.append(same)
+        if step == self.stop:
+            state = {"step": step, "policy": policy.state_dict(),
+                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            self.checkpoint = copy.deepcopy(state)
+
+    def evaluate(self, sampler):
+        self.samplers.append((len(self.metrics), copy.deepcopy(sampler)))
+
+
+LOOP = replace(NO_KL, rl_steps=1, rl_lr=0.01, prompts_per_step=3, group_size=2, max_new_tokens=11)
+
+
+@pytest.fixture
+def learnt_from(monkeypatch):
+    """The groups that each update learns from."""
+    seen = []
+
+    def recording(policy, ref, optimizers, groups, cfg, generator):
+        seen.append(groups)
+        return update_policy(policy, ref, optimizers, groups, cfg, generator)
+
+    monkeypatch.setattr(grpo, "update_policy", recording)
+    return seen
+
+
+def test_the_loop_keeps_problem_order_and_rewards_every_completion(tiny, learnt_from):
+    env, cfg = Env([list(range(12))]), replace(LOOP, group_size=4)
+    train_grpo(tiny, None, env, Run(), cfg)
+    groups = learnt_from[0]
+    assert [[s.reward for s in group] for group in groups] == [[0, 1, 2, 3], [4, 5, 6, 7],
+                                                               [8, 9, 10, 11]]
+    problems = [problem for problem in env.drawn for _ in range(4)]
+    assert env.texts == [[(p, s.text) for p, s in zip(problems, flat(groups), strict=True)]]
+    for problem, sample in zip(problems, flat(groups), strict=True):
+        assert sample.prompt == [problem, 5] and sample.text == env.decode(sample.ids)
+        assert sample.parts == {"accuracy": sample.reward}
+    want = group_advantages(torch.arange(12.0).view(3, 4))
+    assert torch.equal(torch.tensor([[s.adv for s in group] for group in groups]), want)
+
+
+def test_a_reward_of_the_loop_is_learnt(tiny):
+    run = Run()
+    train_grpo(tiny, None, Env(), run, replace(LOOP, rl_steps=16, rl_lr=0.02, group_size=8))
+    rewards = [metrics["reward"] for metrics in run.metrics]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
+
+
+def test_groups_that_teach_nothing_are_replaced_until_none_is_left(tiny, learnt_from):
+    # Two groups were equal, then one of the two new ones; after that none.
+    env = Env([[1.0, 0.0, 0.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0], [0.0, 1.0]])
+    run, sampled_with = Run(), copy.deepcopy(tiny)
+    train_grpo(tiny, None, env, run, replace(LOOP, dynamic_sampling=3))
+    assert list(map(len, env.texts)) == [6, 4, 2]
+    groups = learnt_from[0]
+    assert [[s.reward for s in group] for group in groups] == [[1, 0], [1, 0], [0, 1]]
+    kept = [env.drawn[i] for i in (0, 4, 5)]
+    assert [s.prompt for s in flat(groups)] == [[p, 5] for p in kept for _ in range(2)]
+    for s in flat(groups):
+        again = token_logps(sampled_with, torch.tensor([s.prompt + s.ids]), 0.8)
+        assert torch.allclose(again[0, 1:], s.logps, atol=1e-4)
+    metrics = run.metrics[0]  # of all six groups that were sampled
+    assert metrics["reward"] == pytest.approx(7 / 12)
+    assert metrics["zero_variance"] == pytest.approx(3 / 6)
+    assert metrics["all_right"] == pytest.approx(2 / 6)
+    assert metrics["all_wrong"] == pytest.approx(1 / 6)
+
+
+def test_dynamic_sampling_tries_so_often_and_no_more(tiny, learnt_from):
+    for times in (0, 2):
+        env = Env([[0.0, 0.0]] * (1 + times))
+        train_grpo(tiny, None, env, Run(),
+                   replace(LOOP, prompts_per_step=1, dynamic_sampling=times))
+        assert list(map(len, env.texts)) == [2] * (1 + times)
+        assert [s.reward for s in flat(learnt_from[-1])] == [0, 0]
+        assert learnt_from[-1][0][0].prompt == [env.drawn[-1], 5]
+
+
+def test_every_step_is_logged_and_every_tenth_leaves_a_group_to_read(tiny, learnt_from):
+    env, run = Env(), Run()
+    train_grpo(tiny, None, env, run, replace(LOOP, rl_steps=11, minibatches=2))
+    assert [metrics["step"] for metrics in run.metrics] == list(range(1, 12))
+    assert [row["step"] for row in run.table] == [f"{step}/11" for step in range(1, 12)]
+    for metrics, groups in zip(run.metrics, learnt_from, strict=True):
+        samples, n = flat(groups), 6
+        assert metrics["reward"] == pytest.approx(sum(s.reward for s in samples) / n)
+        assert metrics["reward/accuracy"] == metrics["reward"]
+        assert metrics["length"] == pytest.approx(sum(len(s.ids) for s in samples) / n)
+        assert metrics["truncated"] == pytest.approx(sum(s.truncated for s in samples) / n)
+        equal = sum(not any(s.adv for s in group) for group in groups)
+        assert metrics["zero_variance"] == pytest.approx(equal / 3)
+        assert metrics["sample_s"] > 0 and metrics["update_s"] > 0
+        for name in ("loss", "ratio", "kl", "clip", "entropy", "grad_norm", "skipped"):
+            assert math.isfinite(metrics[name])
+    assert run.seconds == run.metrics[-1]["seconds"] > run.metrics[0]["seconds"] > 0
+    assert {file for file, _ in run.lines} == {"rollouts.jsonl"}
+    lines = [line for _, line in run.lines]
+    assert [line["step"] for line in lines] == [1, 1, 11, 11]
+    written = learnt_from[0][0] + learnt_from[10][0]
+    for line, s in zip(lines, written, strict=True):
+        assert line["text"] == s.text and line["reward"] == s.reward and line["adv"] == s.adv
+        assert line["accuracy"] == s.parts["accuracy"]
+
+
+def test_a_reward_with_nothing_to_say_of_a_problem_is_left_out_of_its_mean(tiny):
+    class Partial(Env):
+        def reward(self, problems, texts):
+            rewards, _ = super().reward(problems, texts)
+            unknown = float("nan")
+            return rewards, [{"a": 1.0 if i == 0 else unknown, "b": unknown} for i in range(6)]
+
+    run = Run()
+    train_grpo(tiny, None, Partial(), run, LOOP)
+    assert run.metrics[0]["reward/a"] == 1 and math.isnan(run.metrics[0]["reward/b"])
+
+
+def test_a_step_that_is_skipped_says_so_in_the_table(tiny):
+    run, before = Run(), vector(tiny.parameters()).clone()
+    train_grpo(tiny, None, Env([[float("nan")] * 6]), run, LOOP)
+    assert run.metrics[0]["skipped"] == 1 and run.table[0]["grad"] == "SKIPPED"
+    assert torch.equal(vector(tiny.parameters()), before)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_resumed_run_draws_and_learns_what_an_uninterrupted_one_would_have(tiny, optimizer):
+    cfg = replace(LOOP, rl_steps=5, rl_optimizer=optimizer, dynamic_sampling=1, inner_epochs=2)
+    policies, envs, runs = [], [], [Run(stop=2)]
+    for i in range(2):
+        policies.append(copy.deepcopy(tiny))
+        envs.append(Env())
+        train_grpo(policies[i], None, envs[i], runs[i], cfg)
+        runs.append(Run(checkpoint=runs[0].checkpoint))
+    whole, resumed = envs
+    assert 0 < len(resumed.drawn) < len(whole.drawn)
+    assert resumed.drawn == whole.drawn[-len(resumed.drawn):]
+    assert resumed.texts == whole.texts[-len(resumed.texts):]
+    timings = ("tokens_per_s", "sample_s", "update_s", "seconds")
+    logs = [[{k: v for k, v in metrics.items() if k not in timings} for metrics in run.metrics]
+            for run in runs[:2]]
+    assert [metrics["step"] for metrics in logs[1]] == [3, 4, 5] and logs[0][2:] == logs[1]
+    assert torch.equal(vector(policies[0].parameters()), vector(policies[1].parameters()))
+
+
+def test_another_seed_and_another_stage_draw_otherwise(tiny):
+    drawn = []
+    for name, seed in (("zero", 1), ("zero", 2), ("r1", 1)):
+        env, run = Env(), Run()
+        run.name, run.seed = name, seed
+        train_grpo(copy.deepcopy(tiny), None, env, run, LOOP)
+        drawn.append(tuple(env.drawn))
+    assert len(set(drawn)) == 3
+
+
+def test_the_learning_rate_rises_and_falls_as_the_settings_say(tiny):
+    run = Run()
+    train_grpo(tiny, None, Env(), run,
+               replace(LOOP, rl_steps=8, rl_lr=1e-6, rl_warmup=2, rl_hold=4))
+    want = [0.5, 1, 1, 1, (4 / 5)**0.5, (4 / 6)**0.5, (4 / 7)**0.5, (4 / 8)**0.5]
+    assert run.lr == pytest.approx([1e-6 * factor for factor in want])
+
+
+def test_the_reference_follows_the_policy_only_as_often_as_asked(tiny):
+    cfg = replace(LOOP, rl_steps=4, group_size=8, kl_coef=0.1)
+    for ref_every, want in ((2, [False, True, False, True]), (0, [None] * 4)):
+        policy, ref, run = copy.deepcopy(tiny), copy.deepcopy(tiny), Run()
+        train_grpo(policy, ref, Env(), run, replace(cfg, ref_every=ref_every))
+        assert run.references == want  # None: it never changes, so no checkpoint need hold it
+    assert torch.equal(vector(ref.parameters()), vector(tiny.parameters()))
+
+
+def test_evaluations_between_steps_see_the_policy_as_it_is_then(tiny):
+    run = Run(sample_dtype=torch.bfloat16)
+    train_grpo(tiny, None, Env(), run, replace(LOOP, rl_steps=4, eval_every=2))
+    assert [step for step, _ in run.samplers] == [2]  # the last step is evaluated by the stage
+    run, policy = Run(stop=2, sample_dtype=torch.bfloat16), copy.deepcopy(tiny)
+    train_grpo(policy, None, Env(), run, replace(LOOP, rl_steps=3, eval_every=2))
+    sampler = run.samplers[0][1].state_dict()
+    for name, weight in run.checkpoint["policy"].items():
+        assert torch.equal(sampler[name], weight.bfloat16())
+
+
+# ---------------------------------------------------------------------------------------- settings
 
 
 def test_wrong_settings_are_refused_by_name():
-    for wrong in ({"group_size": 0}, {"temperature": 0.0}, {"loss_norm": "mean"}, {"adv_norm": "max"}, {"micro_tokens": 0}, {"clip_low": -0.1},
-                  {"clip_high": -1.0}, {"kl_coef": -1.0}, {"kl_coef": float("nan")}, {"max_grad_norm": 0.0}, {"resample_equal": -1}, {"temperature": float("nan")}):
-        with pytest.raises(BadInput, match=next(iter(wrong))):
-            GRPOConfig(**wrong).check()
+    nan, inf = float("nan"), float("inf")
+    wrong = [("group_size", 0), ("prompts_per_step", 0), ("max_new_tokens", 0),
+             ("inner_epochs", 0), ("minibatches", 0), ("micro_tokens", 0), ("temperature", 0.0),
+             ("temperature", nan), ("loss_norm", "mean"), ("adv_norm", "max"), ("clip_low", -0.1),
+             ("clip_low", 1.1), ("clip_high", -1.0), ("kl_coef", -1.0), ("kl_coef", nan),
+             ("kl_coef", inf), ("max_grad_norm", 0.0), ("dynamic_sampling", -1),
+             ("dynamic_sampling", 1001), ("ref_every", -1), ("rl_lr", 0.0), ("rl_lr", nan),
+             ("rl_steps", 0), ("rl_optimizer", "sgd"), ("minibatches", 257)]
+    for name, value in wrong:
+        with pytest.raises(UserError, match=f"{name}=") as e:
+            validate(GRPOConfig(**{name: value}))
+        assert "\n" not in str(e.value)
+    validate(GRPOConfig())
+    validate(GRPOConfig(minibatches=256, clip_low=0.0, clip_high=0.0, kl_coef=0.0))

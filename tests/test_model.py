@@ -3,27 +3,56 @@ import copy
 import itertools
 import math
 import os
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import model as model_file
-from model import (GPT, BadInput, GPTConfig, KVCache, PrefillCache, apply_rope, generate, load_checkpoint, load_model,
-                   rope_table, sample_token, save_checkpoint, token_logps)
+from model import (
+    GPT,
+    GPTConfig,
+    KVCache,
+    PrefillCache,
+    UserError,
+    apply_gradients,
+    apply_rope,
+    generate,
+    generators,
+    load_checkpoint,
+    load_model,
+    make_optimizers,
+    opt,
+    rope_table,
+    sample_token,
+    sampling_copy,
+    save_checkpoint,
+    set_lr,
+    sync_weights,
+    token_logps,
+    validate,
+)
 
 RAGGED = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [5, 6]]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def shape(**changes):
+    """A small config: two layers over 40 tokens."""
+    small = dict(vocab_size=40, n_layer=2, n_embd=16, n_head=4, n_kv_head=2, mlp_dim=24, context=64)
+    return GPTConfig(**{**small, **changes})
+
+
 class Scripted(GPT):
     """Emits scripted tokens: script[i] is what row i says, whatever it reads."""
 
-    def __init__(self, script, vocab_size=40):
-        super().__init__(GPTConfig(vocab_size=vocab_size, n_layer=1, n_embd=8, n_head=2, n_kv_head=1, head_dim=4, mlp_dim=8, context=64))
+    def __init__(self, script):
+        super().__init__(shape(n_layer=1))
         self.script, self.t = script, -1
 
     def head(self, h):
@@ -33,10 +62,63 @@ class Scripted(GPT):
 
 
 def say(script, **options):
-    return generate(Scripted(script), [[1, 2]] * len(script), drop_rows=False, temperature=1.0, generator=seeded(), **options)
+    """One completion for each row of the script."""
+    prompts = [[1, 2]] * len(script)
+    return generate(Scripted(script), prompts, drop_rows=False, generator=seeded(), **options)
 
 
-# ---------------------------------------------------------------------------------------- transformer
+def same_samples(a, b):
+    """Whether two lists of completions are the same, their log-probs up to rounding."""
+    if [(c.prompt, c.ids, c.truncated) for c in a] != [(c.prompt, c.ids, c.truncated) for c in b]:
+        return False
+    return all(torch.allclose(x.logps, y.logps, atol=1e-4) for x, y in zip(a, b, strict=True))
+
+
+def logps_again(model, c, temperature=1.0):
+    """A completion's log-probs as training computes them: one forward pass, no cache."""
+    tokens = torch.tensor([c.prompt + c.ids], device=model.cos.device)
+    return token_logps(model, tokens, temperature)[0, len(c.prompt) - 1:].detach().cpu()
+
+
+def same_logps(model, completions, temperature=1.0):
+    """Whether sampling and training give the same log-probs."""
+    pairs = [(c.logps, logps_again(model, c, temperature)) for c in completions]
+    return all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
+
+
+# ----------------------------------------------------------------------------------------- settings
+
+
+def test_a_setting_out_of_its_bounds_is_refused_by_name():
+    @dataclass
+    class Config:
+        count: int = opt(1, "", least=1, most=9)
+        rate: float = opt(0.5, "", above=0)
+        loss: float = opt(1.0, "", least=0)
+        kind: str = opt("a", "", choices=("a", "b"))
+
+    validate(Config(count=9, rate=1e-9, loss=0.0, kind="b"))
+    nan, inf = float("nan"), float("inf")
+    wrong = [("count", 0), ("count", 10), ("rate", 0.0), ("rate", nan), ("rate", inf),
+             ("loss", -0.1), ("loss", nan), ("kind", "c")]
+    for name, value in wrong:
+        with pytest.raises(UserError, match=f"{name}=.*{value}") as e:
+            validate(Config(**{name: value}))
+        assert "\n" not in str(e.value)
+
+
+def test_generators_follow_from_their_key_alone():
+    def draws(*key):
+        rng, generator = generators(*key)
+        return rng.random(), torch.rand(1, generator=generator).item()
+
+    assert draws(1, "zero", 5) == draws(1, "zero", 5)
+    for other in ((2, "zero", 5), (1, "base", 5), (1, "zero", 6)):
+        a, b = draws(1, "zero", 5), draws(*other)
+        assert a[0] != b[0] and a[1] != b[1]
+
+
+# -------------------------------------------------------------------------------------- transformer
 
 
 def test_a_later_token_does_not_change_earlier_logits(tiny):
@@ -52,11 +134,15 @@ def test_attention_equals_a_plain_loop_over_heads(tiny):
     x = torch.randn(2, 6, cfg.n_embd, generator=seeded())
     cos, sin = rope_table(cfg)
     got = attn(x, cos[None, None, :6], sin[None, None, :6])
+
+    def part(proj, i):  # one head's share of a projection
+        return (x @ proj.weight.T)[..., i * cfg.d_head:(i + 1) * cfg.d_head]
+
     outs = []
     for h in range(cfg.n_head):
         kv = h // (cfg.n_head // cfg.n_kv_head)
-        part = lambda proj, i: (x @ proj.weight.T)[..., i * cfg.d_head:(i + 1) * cfg.d_head]
-        q, k, v = apply_rope(part(attn.q_proj, h), cos[:6], sin[:6]), apply_rope(part(attn.k_proj, kv), cos[:6], sin[:6]), part(attn.v_proj, kv)
+        q, k, v = part(attn.q_proj, h), part(attn.k_proj, kv), part(attn.v_proj, kv)
+        q, k = apply_rope(q, cos[:6], sin[:6]), apply_rope(k, cos[:6], sin[:6])
         scores = (q @ k.transpose(1, 2)) / math.sqrt(cfg.d_head)
         scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
         outs.append(scores.softmax(-1) @ v)
@@ -70,33 +156,40 @@ def test_rope_turns_each_half_split_pair_like_a_complex_number():
     z = torch.complex(x[..., :4], x[..., 4:])
     angle = torch.arange(10)[:, None] * cfg.rope_theta ** (-torch.arange(4) / 4)
     want = z * torch.polar(torch.ones_like(angle), angle)
-    assert torch.allclose(apply_rope(x, cos[:10], sin[:10]), torch.cat((want.real, want.imag), -1), atol=1e-5)
+    got = apply_rope(x, cos[:10], sin[:10])
+    assert torch.allclose(got, torch.cat((want.real, want.imag), -1), atol=1e-5)
 
 
 def test_only_the_distance_between_positions_matters(tiny):
     idx = torch.randint(0, 40, (1, 9), generator=seeded())
-    at = lambda start: tiny.trunk(idx, torch.arange(start, start + 9)[None])
-    assert torch.allclose(at(0), at(30), atol=1e-4)
+    start, later = torch.arange(9)[None], torch.arange(30, 39)[None]
+    assert torch.allclose(tiny.trunk(idx, start), tiny.trunk(idx, later), atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"qk_norm": True}, {"tied": False}, {"n_kv_head": 1}, {"n_kv_head": 4, "head_dim": 6}])
+OPTIONS = [{}, {"qkv_bias": True}, {"o_bias": True, "mlp_bias": True}, {"qk_norm": True},
+           {"tied": False}, {"n_kv_head": 1}, {"n_kv_head": 4, "head_dim": 6}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_every_architecture_option_decodes_as_it_trains(options):
     torch.manual_seed(1)
-    model = GPT(GPTConfig(**{**dict(vocab_size=40, n_layer=2, n_embd=16, n_head=4, n_kv_head=2, mlp_dim=24, context=64), **options}))
+    model = GPT(shape(**options))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn(p.shape, generator=seeded(3)))
-    out = model.generate(RAGGED, 2, max_new_tokens=20, generator=seeded())
-    assert torch.allclose(token_logps(model, out.tokens)[out.mask[:, 1:]], out.logp[:, 1:][out.mask[:, 1:]], atol=1e-4)
+    assert same_logps(model, generate(model, RAGGED, 2, max_new_tokens=20, generator=seeded()))
 
 
 def test_impossible_shapes_are_refused_by_name():
-    for wrong, word in [({"n_kv_head": 3}, "n_kv_head"), ({"head_dim": 5}, "odd"), ({"n_layer": 0}, "n_layer")]:
-        with pytest.raises(BadInput, match=word):
-            GPT(GPTConfig(**{**dict(n_head=4), **wrong}))
+    wrong = [({"n_kv_head": 3}, "n_kv_head"), ({"head_dim": 5}, "odd"), ({"n_layer": 0}, "n_layer"),
+             ({"n_embd": 18, "head_dim": 0}, "n_embd"), ({"rope_low": 4.0}, "rope_low"),
+             ({"rope_low": 0.0}, "rope_low"), ({"rope_factor": 0.5}, "rope_factor")]
+    for changes, word in wrong:
+        with pytest.raises(UserError, match=word):
+            GPT(shape(**changes))
 
 
-# ---------------------------------------------------------------------------------------- cache
+# -------------------------------------------------------------------------------------------- cache
 
 
 def test_cached_logits_equal_uncached_ones(tiny):
@@ -122,7 +215,8 @@ def test_a_cache_shared_with_a_group_and_cut_to_some_rows_gives_the_same_logits(
             rows = rows[keep]
             for c in caches:
                 c.keep(keep)
-        got = tiny.head(tiny.trunk(idx[rows, t:t + 1], torch.full((len(rows), 1), t), caches))
+        position = torch.full((len(rows), 1), t)
+        got = tiny.head(tiny.trunk(idx[rows, t:t + 1], position, caches))
         assert torch.allclose(got[:, 0], tiny(idx[rows])[:, t], atol=1e-4)
 
 
@@ -133,92 +227,109 @@ def test_the_cache_is_written_in_place():
     assert cache.k.data_ptr() == where == k.data_ptr() and k.shape[2] == 4
 
 
-# ---------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("share, drop", list(itertools.product([True, False], repeat=2)))
+SAVINGS = list(itertools.product([True, False], repeat=2))  # share_prefix, drop_rows
+
+
+@pytest.mark.parametrize("share, drop", SAVINGS)
 def test_sampling_log_probs_equal_recomputed_ones_for_ragged_prompts(tiny, share, drop):
-    out = tiny.generate(RAGGED, 3, max_new_tokens=40, temperature=0.7, stop_ids=(1, 2), generator=seeded(), share_prefix=share, drop_rows=drop)
-    assert len(set(out.mask.sum(1).tolist())) > 3  # uneven lengths, or rows were never dropped
-    again = token_logps(tiny, out.tokens, temperature=0.7)
-    assert torch.allclose(again[out.mask[:, 1:]], out.logp[:, 1:][out.mask[:, 1:]], atol=1e-4)
+    out = generate(tiny, RAGGED, 3, max_new_tokens=40, temperature=0.7, stop_ids=(1, 2),
+                   generator=seeded(), share_prefix=share, drop_rows=drop)
+    assert len({len(c.ids) for c in out}) > 3  # uneven lengths, or rows were never dropped
+    assert same_logps(tiny, out, 0.7)
 
 
 def test_sharing_prefixes_and_dropping_rows_change_no_sample(tiny):
-    a, *others = [tiny.generate(RAGGED, 4, max_new_tokens=40, stop_ids=(1, 2), generator=seeded(5), share_prefix=s, drop_rows=d)
-                  for s, d in itertools.product([True, False], repeat=2)]
-    for b in others:
-        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.mask, b.mask)
-        assert torch.allclose(a.logp, b.logp, atol=1e-4)
+    def samples(share, drop):
+        return generate(tiny, RAGGED, 4, max_new_tokens=40, stop_ids=(1, 2), generator=seeded(5),
+                        share_prefix=share, drop_rows=drop)
+
+    first, *others = [samples(*saving) for saving in SAVINGS]
+    assert all(same_samples(first, other) for other in others)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_GPU)])
 def test_decoding_with_fixed_shapes_changes_no_sample(tiny, device):
     tiny = tiny.to(device)
     for prompts in (RAGGED, [[5, 6, 7], [8, 9, 10]]):
-        a, b = (tiny.generate(prompts, 4, max_new_tokens=48, stop_ids=(1, 2), generator=seeded(5), static=s) for s in (False, True))
-        assert torch.equal(a.tokens, b.tokens) and torch.allclose(a.logp, b.logp, atol=1e-4)
-        assert torch.allclose(token_logps(tiny, b.tokens)[b.mask[:, 1:]], b.logp[:, 1:][b.mask[:, 1:]], atol=1e-4)
+        options = {"group_size": 4, "max_new_tokens": 48, "stop_ids": (1, 2)}
+        plain = generate(tiny, prompts, generator=seeded(5), static=False, **options)
+        fixed = generate(tiny, prompts, generator=seeded(5), static=True, **options)
+        assert same_samples(plain, fixed) and same_logps(tiny, fixed)
 
 
 def test_a_fixed_shape_lasts_until_its_columns_or_rows_change(tiny, monkeypatch):
     shapes, capture = [], model_file.StaticDecoder.capture
-    monkeypatch.setattr(model_file.StaticDecoder, "capture", lambda self: shapes.append(self.shape) or capture(self))
-    wide = GPT(GPTConfig(vocab_size=40, n_layer=1, n_embd=16, n_head=2, n_kv_head=1, head_dim=4, mlp_dim=16, context=400))
-    wide.generate([[1] * 100], 4, max_new_tokens=60, generator=seeded(), static=True)
+
+    def recording(self):
+        shapes.append(self.shape)
+        capture(self)
+
+    monkeypatch.setattr(model_file.StaticDecoder, "capture", recording)
+    long = GPT(shape(n_layer=1, context=400))
+    generate(long, [[1] * 100], 4, max_new_tokens=60, generator=seeded(), static=True)
     assert shapes == [(4, 128), (4, 160)]
     shapes.clear()
-    tiny.generate(RAGGED, 8, max_new_tokens=48, stop_ids=(1, 2, 3, 4), generator=seeded(), static=True)
-    assert [n for n, _ in shapes] == sorted({n for n, _ in shapes}, reverse=True) and shapes[-1][0] <= 16  # halved at least, each time
+    generate(tiny, RAGGED, 8, max_new_tokens=48, stop_ids=(1, 2, 3, 4), generator=seeded(),
+             static=True)
+    rows = [n for n, _ in shapes]
+    assert rows == sorted(set(rows), reverse=True) and rows[-1] <= 16  # halved at least, each time
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@NO_GPU
 def test_bfloat16_sampling_on_cuda_stays_near_the_fp32_log_probs(tiny):
     half = copy.deepcopy(tiny).cuda().bfloat16()
-    out = half.generate(RAGGED, 8, max_new_tokens=40, stop_ids=(1,), generator=seeded())
-    gap = (token_logps(tiny.cuda(), out.tokens) - out.logp[:, 1:])[out.mask[:, 1:]]
-    assert gap.abs().mean() < 0.05
+    out = generate(half, RAGGED, 8, max_new_tokens=40, stop_ids=(1,), generator=seeded())
+    again = torch.cat([logps_again(tiny.cuda(), c) for c in out])
+    assert (again - torch.cat([c.logps for c in out])).abs().mean() < 0.05
 
 
 def test_finished_rows_leave_the_batch(tiny, monkeypatch):
     sizes, trunk = [], tiny.trunk
-    monkeypatch.setattr(tiny, "trunk", lambda idx, *a, **k: sizes.append(len(idx)) or trunk(idx, *a, **k))
-    tiny.generate(RAGGED, 8, max_new_tokens=48, stop_ids=(1, 2, 3, 4), generator=seeded())
-    assert sizes[0] == 4 and sizes[1] == 32 and sizes[-1] < 16  # prompts once, groups, then fewer and fewer
+
+    def counting(idx, *args, **options):
+        sizes.append(len(idx))
+        return trunk(idx, *args, **options)
+
+    monkeypatch.setattr(tiny, "trunk", counting)
+    generate(tiny, RAGGED, 8, max_new_tokens=48, stop_ids=(1, 2, 3, 4), generator=seeded())
+    assert sizes[0] == 4 and sizes[1] == 32  # the prompts once, then their groups
+    assert sizes[-1] < 16
 
 
-def test_a_prompt_sits_before_its_completion_and_padding_behind(tiny):
-    out = tiny.generate(RAGGED, 2, max_new_tokens=30, stop_ids=(1,), generator=seeded(), pad_id=39)
-    for i, row in enumerate(out.tokens.tolist()):
-        prompt, n = RAGGED[i // 2], int(out.mask[i].sum())
-        assert row[:len(prompt)] == prompt and out.prompt_lens[i] == len(prompt)
-        assert out.mask[i].nonzero()[:, 0].tolist() == list(range(len(prompt), len(prompt) + n))
-        assert row[len(prompt) + n:] == [39] * (len(row) - len(prompt) - n)
-        assert out.completions()[i] == row[len(prompt):len(prompt) + n]
-    assert (out.logp[~out.mask] == 0).all()
+def test_a_completion_comes_with_its_prompt_and_one_log_prob_per_token(tiny):
+    out = generate(tiny, RAGGED, 2, max_new_tokens=30, stop_ids=(1,), generator=seeded())
+    assert [c.prompt for c in out] == [prompt for prompt in RAGGED for _ in range(2)]
+    for c in out:
+        assert 1 <= len(c.ids) <= 30 and c.truncated == (1 not in c.ids)
+        assert 1 not in c.ids[:-1]
+        assert c.logps.shape == (len(c.ids),) and c.logps.dtype == torch.float32
+        assert (c.logps <= 0).all()
 
 
-def test_the_mask_ends_with_the_first_end_token():
+def test_a_completion_ends_with_its_first_end_token():
     out = say([[7, 8, 9, 3, 7, 3], [7] * 6], max_new_tokens=6, stop_ids=(3,))
-    assert out.completions() == [[7, 8, 9, 3], [7] * 6]
-    assert out.truncated.tolist() == [False, True]
+    assert [c.ids for c in out] == [[7, 8, 9, 3], [7] * 6]
+    assert [c.truncated for c in out] == [False, True]
 
 
-def test_the_mask_keeps_the_end_token_when_pad_and_end_share_an_id():
-    out = say([[7, 3, 8], [3, 8, 8]], max_new_tokens=6, stop_ids=(3,), pad_id=3)
-    assert out.completions() == [[7, 3], [3]]
-    assert out.mask.sum(1).tolist() == [2, 1]
+def test_the_end_token_is_kept_when_pad_and_end_share_an_id():
+    out = say([[7, 0, 8], [0, 8, 8]], max_new_tokens=6, stop_ids=(0,))
+    assert [c.ids for c in out] == [[7, 0], [0]]
+    assert [len(c.logps) for c in out] == [2, 1]
 
 
 def test_any_of_several_end_tokens_ends_a_completion_also_at_once():
     out = say([[3, 7], [7, 4, 7], [5]], max_new_tokens=6, stop_ids=(3, 4, 5))
-    assert out.completions() == [[3], [7, 4], [5]]
-    assert not out.truncated.any()
+    assert [c.ids for c in out] == [[3], [7, 4], [5]]
+    assert not any(c.truncated for c in out)
 
 
 def test_a_completion_that_ends_with_its_last_allowed_token_is_not_truncated():
     out = say([[7, 7, 3], [7, 7, 7]], max_new_tokens=3, stop_ids=(3,))
-    assert out.truncated.tolist() == [False, True]
+    assert [c.truncated for c in out] == [False, True]
 
 
 def test_samples_follow_the_whole_softmax_and_no_top_k():
@@ -226,7 +337,8 @@ def test_samples_follow_the_whole_softmax_and_no_top_k():
     token, logp = sample_token(logits, 2.0, torch.rand(40000, generator=seeded()))
     p = (logits[0] / 2.0).softmax(-1)
     share = token.bincount(minlength=100) / 40000
-    assert ((share - p).abs() < 5 * (p / 40000).sqrt()).all()  # every one of the 100, within five sigma
+    sigma = (p / 40000).sqrt()
+    assert ((share - p).abs() < 5 * sigma).all()  # each of the 100 tokens
     assert torch.allclose(logp, p.log()[token], atol=1e-5)
 
 
@@ -238,22 +350,37 @@ def test_tokens_of_probability_zero_are_never_drawn():
 
 
 def test_temperature_zero_takes_the_likeliest_token(tiny):
-    out = tiny.generate([[5, 6]], 2, max_new_tokens=8, temperature=0, generator=seeded())
-    assert out.tokens[0, 2] == tiny(torch.tensor([[5, 6]]))[0, -1].argmax()
-    assert torch.equal(out.tokens[0], out.tokens[1])
+    a, b = generate(tiny, [[5, 6]], 2, max_new_tokens=8, temperature=0, generator=seeded())
+    assert a.ids[0] == tiny(torch.tensor([[5, 6]]))[0, -1].argmax()
+    assert a.ids == b.ids
 
 
 def test_the_same_seed_gives_the_same_samples_and_another_others(tiny):
-    a, b, c = (tiny.generate(RAGGED, 2, max_new_tokens=16, generator=seeded(s)).tokens for s in (1, 1, 2))
-    assert torch.equal(a, b) and not torch.equal(a, c)
+    def samples(seed):
+        out = generate(tiny, RAGGED, 2, max_new_tokens=16, generator=seeded(seed))
+        return [c.ids for c in out]
+
+    assert samples(1) == samples(1) != samples(2)
 
 
 def test_prompts_that_do_not_fit_are_refused_with_the_numbers(tiny):
-    with pytest.raises(BadInput, match="60 tokens.*max_new_tokens=5.*64"):
-        tiny.generate([[1] * 60], max_new_tokens=5)
+    with pytest.raises(UserError, match="60 tokens.*max_new_tokens=5.*64"):
+        generate(tiny, [[1] * 60], max_new_tokens=5)
     for empty in ([], [[]], [[1], []]):
-        with pytest.raises(BadInput, match="at least one"):
-            tiny.generate(empty, max_new_tokens=5)
+        with pytest.raises(UserError, match="at least one"):
+            generate(tiny, empty, max_new_tokens=5)
+
+
+def test_a_sampling_copy_is_the_model_itself_or_is_brought_up_to_date(tiny):
+    assert sampling_copy(tiny, torch.float32) is tiny
+    half = sampling_copy(tiny, torch.bfloat16)
+    assert not any(p.requires_grad for p in half.parameters())
+    with torch.no_grad():
+        tiny.norm.weight.add_(1)
+    assert (half.norm.weight == 1).all()
+    sync_weights(half, tiny)
+    for p, q in zip(half.parameters(), tiny.parameters(), strict=True):
+        assert p.dtype == torch.bfloat16 and torch.equal(p, q.bfloat16())
 
 
 # ---------------------------------------------------------------------------------------- log-probs
@@ -266,13 +393,14 @@ def test_checkpointing_changes_no_gradient(tiny):
         tiny.zero_grad()
         token_logps(tiny, tokens).sum().backward()
         grads.append([p.grad.clone() for p in tiny.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
 
 
 def test_chunked_log_probs_and_gradients_equal_the_plain_ones(tiny):
     tokens = torch.randint(0, 40, (3, 15), generator=seeded())
     mask = torch.rand(3, 14, generator=seeded()) < 0.6
-    plain = F.log_softmax(tiny(tokens[:, :-1]) / 0.8, -1).gather(-1, tokens[:, 1:, None])[..., 0] * mask
+    plain = F.log_softmax(tiny(tokens[:, :-1]) / 0.8, -1)
+    plain = plain.gather(-1, tokens[:, 1:, None])[..., 0] * mask
     plain.sum().backward()
     want = [p.grad.clone() for p in tiny.parameters()]
     for chunk_floats in (40 * 4, 2**24):  # four positions at a time; all at once
@@ -280,13 +408,18 @@ def test_chunked_log_probs_and_gradients_equal_the_plain_ones(tiny):
         got = token_logps(tiny, tokens, 0.8, mask, chunk_floats)
         got.sum().backward()
         assert torch.allclose(got, plain, atol=1e-5)
-        for p, w in zip(tiny.parameters(), want):
+        for p, w in zip(tiny.parameters(), want, strict=True):
             assert torch.allclose(p.grad, w, atol=1e-3, rtol=1e-4)
 
 
 def test_the_head_runs_on_no_more_positions_than_asked_for(tiny, monkeypatch):
     seen, head = [], tiny.head
-    monkeypatch.setattr(tiny, "head", lambda h: seen.append(len(h)) or head(h))
+
+    def counting(h):
+        seen.append(len(h))
+        return head(h)
+
+    monkeypatch.setattr(tiny, "head", counting)
     mask = torch.zeros(2, 9, dtype=torch.bool)
     mask[0, 3:8] = True
     token_logps(tiny, torch.zeros(2, 10, dtype=torch.long), mask=mask, chunk_floats=40 * 2)
@@ -300,22 +433,83 @@ def test_padding_changes_no_log_prob(tiny):
 
 
 def test_logits_and_log_probs_are_fp32_whatever_the_weights_are(tiny):
+    idx, tokens = torch.tensor([[1, 2]]), torch.tensor([[1, 2, 3]])
     half = copy.deepcopy(tiny).bfloat16()
-    assert half(torch.tensor([[1, 2]])).dtype == token_logps(half, torch.tensor([[1, 2, 3]])).dtype == torch.float32
+    assert half(idx).dtype == token_logps(half, tokens).dtype == torch.float32
+    h = torch.randn(5, 16, generator=seeded())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logps = token_logps(tiny, torch.tensor([[1, 2, 3]]))
-        assert logps.dtype == tiny(torch.tensor([[1, 2]])).dtype == torch.float32
-        h = torch.randn(5, 16, generator=seeded())
+        assert token_logps(tiny, tokens).dtype == tiny(idx).dtype == torch.float32
         logits = tiny.head(h)
-    assert torch.allclose(logits, h @ tiny.embed.weight.T, atol=1e-5)  # not rounded to bfloat16 on the way
+    assert torch.allclose(logits, h @ tiny.embed.weight.T, atol=1e-5)  # not rounded to bfloat16
     assert all(p.dtype == torch.float32 for p in tiny.parameters())
 
 
-# ---------------------------------------------------------------------------------------- checkpoints
+def test_autocast_is_for_training_and_leaves_sampling_alone(tiny):
+    tokens = torch.randint(0, 40, (3, 15), generator=seeded())
+    logp, logits = token_logps(tiny, tokens), tiny(tokens)
+    tiny.autocast = True
+    rounded = token_logps(tiny, tokens)
+    assert rounded.dtype == torch.float32 and torch.equal(tiny(tokens), logits)
+    assert 1e-4 < (rounded - logp).abs().mean() < 0.1
+    rounded.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in tiny.parameters())
+
+
+def test_training_uses_the_compiled_trunk_and_sampling_does_not(tiny):
+    tokens, calls = torch.randint(0, 40, (3, 15), generator=seeded()), []
+    want = token_logps(tiny, tokens)
+
+    def compiled(idx):
+        calls.append(idx.shape)
+        return tiny.trunk(idx)
+
+    tiny.compiled_trunk = compiled
+    assert torch.equal(token_logps(tiny, tokens), want) and calls == [(3, 14)]
+    generate(tiny, RAGGED, max_new_tokens=4, generator=seeded())
+    assert len(calls) == 1
+
+
+# --------------------------------------------------------------------------------------- optimisers
+
+
+def test_each_weight_has_one_optimiser_and_muon_only_the_blocks_matrices(tiny):
+    named = dict(tiny.named_parameters())
+    for kind, n_optimizers in (("muon", 2), ("adamw", 1)):
+        optimizers = make_optimizers(tiny, 0.1, kind)
+        assert len(optimizers) == n_optimizers
+        owned = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        assert sorted(map(id, owned)) == sorted(map(id, named.values()))
+    muon = make_optimizers(tiny, 0.1, "muon")[0]
+    matrices = [p for name, p in named.items() if "blocks" in name and p.dim() == 2]
+    assert list(map(id, muon.param_groups[0]["params"])) == list(map(id, matrices))
+    optimizers = make_optimizers(tiny, 0.1, "muon")
+    set_lr(optimizers, 0.025)
+    assert [group["lr"] for o in optimizers for group in o.param_groups] == [0.025, 0.025]
+
+
+def test_gradients_are_clipped_and_cleared_and_skipped_if_not_finite(tiny):
+    before = [p.detach().clone() for p in tiny.parameters()]
+    optimizers = [torch.optim.SGD(tiny.parameters(), lr=1.0)]
+
+    def step(value):
+        for p in tiny.parameters():
+            p.grad = torch.full_like(p, value)
+        result = apply_gradients(tiny, optimizers, 0.5)
+        assert all(p.grad is None for p in tiny.parameters())
+        return result
+
+    assert step(float("nan"))[1] == step(float("inf"))[1] == 1
+    assert all(torch.equal(p, q) for p, q in zip(tiny.parameters(), before, strict=True))
+    n = sum(p.numel() for p in tiny.parameters())
+    assert step(2.0) == (pytest.approx(2 * math.sqrt(n), rel=1e-4), 0)
+    moved = [(p - q).flatten() for p, q in zip(tiny.parameters(), before, strict=True)]
+    assert torch.cat(moved).norm().item() == pytest.approx(0.5, rel=1e-3)
+
+
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def test_a_checkpoint_gives_the_same_model_back(tiny, tmp_path):
-    from dataclasses import asdict
     path = str(tmp_path / "deep" / "ckpt.pt")
     save_checkpoint(path, {"model_config": asdict(tiny.cfg), "model": tiny.state_dict()})
     idx = torch.tensor([[1, 2, 3]])
@@ -326,35 +520,52 @@ def test_a_checkpoint_gives_the_same_model_back(tiny, tmp_path):
 def test_a_checkpoint_that_fails_half_way_leaves_the_old_one(tiny, tmp_path, monkeypatch):
     path = str(tmp_path / "ckpt.pt")
     save_checkpoint(path, {"model_config": {}, "model": {"x": torch.ones(1)}})
-    monkeypatch.setattr(model_file.torch, "save", lambda state, f: f.write(b"half") and (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(BadInput, match="ckpt.pt.*disk full.*untouched"):
+
+    def save(state, f):
+        f.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(model_file.torch, "save", save)
+    with pytest.raises(UserError, match="ckpt.pt.*disk full.*unchanged"):
         save_checkpoint(path, {"model_config": {}, "model": {"x": torch.zeros(1)}})
     assert os.listdir(tmp_path) == ["ckpt.pt"]
     assert load_checkpoint(path)["model"]["x"] == 1
 
 
 def test_missing_torn_and_foreign_checkpoints_are_named_in_one_line(tmp_path):
-    with pytest.raises(BadInput, match="no checkpoint at .*gone.pt"):
+    with pytest.raises(UserError, match="no checkpoint at .*gone.pt"):
         load_checkpoint(str(tmp_path / "gone.pt"))
     torch.save({"model_config": {}, "model": {"x": torch.ones(1000)}}, tmp_path / "torn.pt")
-    (tmp_path / "torn.pt").write_bytes((tmp_path / "torn.pt").read_bytes()[:900])
+    whole = (tmp_path / "torn.pt").read_bytes()
+    (tmp_path / "torn.pt").write_bytes(whole[:900])
     (tmp_path / "text.pt").write_text("not a checkpoint")
     torch.save([1, 2], tmp_path / "list.pt")
     for name in ("torn.pt", "text.pt", "list.pt"):
-        with pytest.raises(BadInput, match=name) as e:
+        with pytest.raises(UserError, match=name) as e:
             load_checkpoint(str(tmp_path / name))
         assert "\n" not in str(e.value)
 
 
 def test_a_checkpoint_of_another_shape_is_refused_in_one_line(tiny, tmp_path):
-    from dataclasses import asdict
-    good = {"model_config": asdict(tiny.cfg), "model": tiny.state_dict()}
-    for name, wrong in (("unknown.pt", {"model_config": {**good["model_config"], "moe": 8}}), ("shape.pt", {"model_config": {**good["model_config"], "n_embd": 8}}),
-                        ("config.pt", {"model_config": 5}), ("weights.pt", {"model": {"x": torch.ones(1)}}), ("negative.pt", {"model_config": {**good["model_config"], "n_layer": -1}})):
-        torch.save({**good, **wrong}, tmp_path / name)
-        with pytest.raises(BadInput) as e:
+    cfg, weights = asdict(tiny.cfg), tiny.state_dict()
+    configs = {"unknown.pt": {**cfg, "moe": 8}, "shape.pt": {**cfg, "n_embd": 8}, "config.pt": 5,
+               "negative.pt": {**cfg, "n_layer": -1}}
+    files = {name: {"model_config": wrong, "model": weights} for name, wrong in configs.items()}
+    files["weights.pt"] = {"model_config": cfg, "model": {"x": torch.ones(1)}}
+    for name, state in files.items():
+        torch.save(state, tmp_path / name)
+        with pytest.raises(UserError) as e:
             load_model(str(tmp_path / name))
         assert "\n" not in str(e.value)
+
+
+def test_a_checkpoint_is_loaded_into_the_class_asked_for(tiny, tmp_path):
+    class Other(GPT):
+        pass
+
+    path = str(tmp_path / "ckpt.pt")
+    save_checkpoint(path, {"model_config": asdict(tiny.cfg), "model": tiny.state_dict()})
+    assert type(load_model(path, cls=Other)) is Other and type(load_model(path)) is GPT
 
 
 def test_loading_a_checkpoint_runs_no_code(tmp_path):
@@ -362,6 +573,6 @@ def test_loading_a_checkpoint_runs_no_code(tmp_path):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "sprung"),))
     torch.save({"model_config": {}, "model": Trap()}, tmp_path / "trap.pt")
-    with pytest.raises(BadInput):
+    with pytest.raises(UserError):
         load_checkpoint(str(tmp_path / "trap.pt"))
     assert not (tmp_path / "sprung").exists()

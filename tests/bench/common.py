@@ -1,4 +1,5 @@
-"""What the benchmarks share: two model shapes, the same weights as a transformers model, clocks and limits."""
+"""What the benchmarks share: model shapes, the same weights as a transformers model, clocks and
+limits."""
 import argparse
 import ctypes
 import json
@@ -10,25 +11,33 @@ import time
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPT, GPTConfig, hf_name  # noqa: E402
 
 SHAPES = {
-    "tiny": dict(vocab_size=512, n_embd=128, n_layer=4, n_head=4, n_kv_head=2, head_dim=32, mlp_dim=384, context=512, tied=False),
-    "medium": dict(vocab_size=4096, n_embd=512, n_layer=8, n_head=8, n_kv_head=2, head_dim=64, mlp_dim=1536, context=512, tied=False),
-    "qwen1.5b": dict(vocab_size=151936, n_embd=1536, n_layer=28, n_head=12, n_kv_head=2, head_dim=128, mlp_dim=8960, context=1024, tied=True),
+    "tiny": dict(vocab_size=512, n_embd=128, n_layer=4, n_head=4, n_kv_head=2, head_dim=32,
+                 mlp_dim=384, context=512, tied=False),
+    "medium": dict(vocab_size=4096, n_embd=512, n_layer=8, n_head=8, n_kv_head=2, head_dim=64,
+                   mlp_dim=1536, context=512, tied=False),
+    "qwen1.5b": dict(vocab_size=151936, n_embd=1536, n_layer=28, n_head=12, n_kv_head=2,
+                     head_dim=128, mlp_dim=8960, context=1024, tied=True),
 }
 END = 0  # the token that ends a sequence
+PROMPT_LEN = 32
 
 
 def arguments(doc, rounds, **options):
-    """The command line of a benchmark: `options` are its own flags, {name: (default, help)}; --rounds, --threads, --device and --alone
-    are everybody's."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everybodys = {"rounds": (rounds, "counted rounds, after one to warm up"), "threads": (0, "CPU threads; 0 = one a core"), "device": ("cpu", "cpu or cuda")}
-    for name, (default, help) in {**options, **everybodys}.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{help} (default %(default)s)")
+    """The command line of a benchmark: `options` are its own flags, {name: (default, help)};
+    --rounds, --threads, --device and --alone are everybody's."""
+    parser = argparse.ArgumentParser(description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    options |= {"rounds": (rounds, "counted rounds, after one to warm up"),
+                "threads": (0, "CPU threads; 0 = one a core"), "device": ("cpu", "cpu or cuda")}
+    for name, (default, help) in options.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default,
+                            help=f"{help} (default %(default)s)")
     parser.add_argument("--alone", action="store_true", help="run nobody else's code beside")
     args = parser.parse_args()
     if args.threads:
@@ -41,9 +50,15 @@ def build(shape, dtype=torch.float32, device="cpu", **changes):
     return GPT(GPTConfig(**{**SHAPES[shape], **changes})).to(device, dtype)
 
 
+def random_prompts(n, cfg):
+    """(n, PROMPT_LEN) token ids, none of them the end token."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(1, cfg.vocab_size, (n, PROMPT_LEN), generator=generator)
+
+
 def end_after(model, mean):
-    """Gives the head a bias with which a random model, whose logits are nearly level, ends a sequence with
-    chance 1 / mean a token: geometric lengths. mean None: never."""
+    """Gives the head a bias with which a random model, whose logits are nearly level, ends a
+    sequence with chance 1 / mean a token: geometric lengths. mean None: never."""
     V = model.cfg.vocab_size
     bias = torch.zeros(V, device=model.cos.device, dtype=model.embed.weight.dtype)
     bias[END] = -1e4 if mean is None else torch.log(torch.tensor((V - 1) / (mean - 1)))
@@ -52,7 +67,7 @@ def end_after(model, mean):
 
 
 def as_transformers(model):
-    """The same weights in a transformers LlamaForCausalLM, or None if transformers is not installed."""
+    """The same weights in a transformers LlamaForCausalLM; None if that is not installed."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM, logging
     except ImportError:
@@ -60,24 +75,21 @@ def as_transformers(model):
     logging.set_verbosity_error()
     c = model.cfg
     theirs = LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.mlp_dim, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.d_head, rms_norm_eps=c.norm_eps,
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.mlp_dim,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head, head_dim=c.d_head, rms_norm_eps=c.norm_eps,
         max_position_embeddings=c.context, rope_theta=c.rope_theta, tie_word_embeddings=c.tied,
         bos_token_id=None, eos_token_id=END, pad_token_id=END))
-    names = {"embed.": "model.embed_tokens.", "norm.": "model.norm.", "blocks.": "model.layers.",
-             ".attn.": ".self_attn.", ".attn_norm.": ".input_layernorm.", ".mlp_norm.": ".post_attention_layernorm."}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        for ours, other in names.items():
-            if ours.startswith("."):
-                name = name.replace(ours, other)
-            elif name.startswith(ours):
-                name = other + name[len(ours):]
-        state[name] = tensor
+    state = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
     if "lm_head.bias" in state:
-        theirs.lm_head.bias = nn.Parameter(state["lm_head.bias"].clone(), requires_grad=False)
+        bias = state["lm_head.bias"].clone()
+        theirs.lm_head.bias = nn.Parameter(bias, requires_grad=False)
     theirs.load_state_dict(state)
     return theirs.to(model.cos.device, model.embed.weight.dtype).eval()
+
+
+# ------------------------------------------------------------------------------------------------
+# Time and memory
 
 
 def clock(device):
@@ -94,7 +106,8 @@ def reset_peak(device):
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory freed earlier is given back, or using it again would not be seen
+        # Memory freed earlier is given back, or using it again would not be seen.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as f:
             f.write("5")
     except OSError:  # not Linux: the peak is then that of the whole process
@@ -106,7 +119,9 @@ def peak(device):
     """Peak memory since `reset_peak`, in MiB."""
     if str(device) != "cpu":
         return torch.cuda.max_memory_allocated() / 2**20
-    return status("VmHWM") if os.path.exists("/proc/self/status") else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if os.path.exists("/proc/self/status"):
+        return status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def status(field):
@@ -115,17 +130,17 @@ def status(field):
 
 
 def alternate(contestants, rounds, device):
-    """Runs {name: function} in turn, `rounds` times after one warm-up; each function returns the work it did.
-    -> {name: [{seconds, work, peak MiB above the start} a round]}"""
+    """Runs {name: function} in turn, `rounds` times after one warm-up; each function returns the
+    work it did. -> {name: [{seconds, work, peak MiB above the start} a round]}"""
     results = {name: [] for name in contestants}
     for r in range(rounds + 1):
         for name, run in contestants.items():
-            before = reset_peak(device)
-            t0 = clock(device)
+            before, t0 = reset_peak(device), clock(device)
             work = run()
             seconds = clock(device) - t0
+            used = peak(device) - before
             if r:
-                results[name].append({"seconds": seconds, "work": work, "peak": peak(device) - before})
+                results[name].append({"seconds": seconds, "work": work, "peak": used})
     return results
 
 
@@ -134,23 +149,34 @@ def spread(values):
     return [float(f"{x:.4g}") for x in (statistics.median(values), min(values), max(values))]
 
 
+def rates(rounds):
+    """Work a second of each round."""
+    return [r["work"] / r["seconds"] for r in rounds]
+
+
 def ratio(ours, theirs):
     """Work a second, ours over theirs, round by round."""
-    return spread([a["work"] / a["seconds"] / (b["work"] / b["seconds"]) for a, b in zip(ours, theirs)])
+    return spread([a / b for a, b in zip(rates(ours), rates(theirs), strict=False)])
+
+
+# ------------------------------------------------------------------------------------------------
+# What the machine can do at most
 
 
 def matmul_rate(rows, cfg, dtype, device):
-    """FLOP/s of the MLP's matrix product for `rows` rows: what this machine gives at best for such a shape."""
+    """FLOP/s of the MLP's matrix product for `rows` rows: what this machine gives at best for such
+    a shape."""
     a = torch.randn(rows, cfg.n_embd, device=device, dtype=dtype)
     w = torch.randn(cfg.mlp_dim, cfg.n_embd, device=device, dtype=dtype)
+    flops = 2 * rows * cfg.n_embd * cfg.mlp_dim
     rates = []
     for _ in range(5):
         t0, n = clock(device), 0
         while clock(device) - t0 < 0.1:
             for _ in range(20):
-                torch.nn.functional.linear(a, w)
+                F.linear(a, w)
             n += 20
-        rates.append(2 * n * rows * cfg.n_embd * cfg.mlp_dim / (clock(device) - t0))
+        rates.append(n * flops / (clock(device) - t0))
     return max(rates)
 
 
@@ -169,7 +195,8 @@ def copy_rate(device):
 def matrix_params(cfg):
     """Weights that every token is multiplied with: all but the embedding's table and the norms."""
     attention = cfg.n_embd * cfg.d_head * 2 * (cfg.n_head + cfg.n_kv_head)
-    return cfg.n_layer * (attention + 3 * cfg.n_embd * cfg.mlp_dim) + cfg.n_embd * cfg.vocab_size
+    mlp = 3 * cfg.n_embd * cfg.mlp_dim
+    return cfg.n_layer * (attention + mlp) + cfg.n_embd * cfg.vocab_size
 
 
 def report(**fields):
