@@ -35,7 +35,6 @@ Read on in the order in which the code runs: settings, `train_grpo` (the loop), 
 `group_advantages` (1), `update_policy`, `grpo_loss` (2)-(5). Token ids only: `env`, which train.py
 hands in, draws problems, turns ids into text, and rewards texts.
 """
-import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -104,6 +103,7 @@ class GRPOConfig:
 @dataclass
 class Sample(Completion):
     """A completion (its prompt, ids, logps, truncated) and what became of it."""
+    problem: object = None  # what `env.draw` made, passed on to `env.reward`
     text: str = ""       # what the reward reads
     reward: float = 0.0  # the weighted sum of its parts
     parts: dict = field(default_factory=dict)  # {name of a reward: its value}
@@ -143,11 +143,13 @@ def train_grpo(policy, ref, env, run, cfg):
             drawn = [env.draw(rng) for _ in range(P - len(groups))]
             completions = generate(sampler, [prompt for _, prompt in drawn], G, cfg.max_new_tokens,
                                    cfg.temperature, env.stop_ids, generator)
-            samples = [Sample(**vars(c), text=env.decode(c.ids)) for c in completions]
+            samples = [Sample(**vars(completion), problem=drawn[i // G][0],
+                              text=env.decode(completion.ids))
+                       for i, completion in enumerate(completions)]
 
             # ---- Reward: rules read the text; what comes back are numbers without a gradient
-            problems = [problem for problem, _ in drawn for _ in range(G)]
-            rewards, parts = env.reward(problems, [sample.text for sample in samples])
+            rewards, parts = env.reward([sample.problem for sample in samples],
+                                        [sample.text for sample in samples])
 
             # ---- Advantage: each completion against its own group, equation (1)
             by_group = torch.tensor(rewards, dtype=torch.float64).view(-1, G)
@@ -166,7 +168,7 @@ def train_grpo(policy, ref, env, run, cfg):
         # ---- Log, save, evaluate
         took = time.time() - t0
         run.seconds += took
-        log_step(run, step + 1, sampled, groups, update, took, took - (t1 - t0), cfg)
+        log_step(run, step + 1, sampled, update, took, took - (t1 - t0), cfg)
         run.end_step(step + 1, cfg.rl_steps, policy, optimizers, ref if cfg.ref_every else None)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.rl_steps:
             sync_weights(sampler, policy)
@@ -245,10 +247,10 @@ def token_weights(n_tokens, N, cfg):
     optimiser step learns from -> (n,), float64. `N` counts those that were left out as well."""
     n_tokens = n_tokens.double()
     if cfg.loss_norm == "token":
-        return torch.ones_like(n_tokens) / n_tokens.sum()
+        return torch.ones_like(n_tokens) / n_tokens.sum().clamp(min=1)
     if cfg.loss_norm == "constant":
         return torch.ones_like(n_tokens) / (N * cfg.max_new_tokens)
-    return 1 / n_tokens / N
+    return 1 / n_tokens.clamp(min=1) / N
 
 
 def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
@@ -258,7 +260,7 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
     whole's."""
     mask, adv = mask.bool(), adv[:, None]
     if weights is None:
-        weights = token_weights(mask.sum(dim=1).clamp(min=1), len(mask), cfg)
+        weights = token_weights(mask.sum(dim=1), len(mask), cfg)
     weights = (weights.to(mask.device)[:, None] * mask).to(logp.dtype)  # (N, T)
 
     # (2) At default settings this ratio is 1: the policy is still the one that sampled, and only
@@ -296,38 +298,39 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
 # The log
 
 
-def log_step(run, step, sampled, groups, update, took, update_s, cfg):
-    """One line of metrics.jsonl, and its most telling figures as a row on the terminal. Every tenth
-    step the first group goes to rollouts.jsonl, for people to read."""
+def log_step(run, step, sampled, update, took, update_s, cfg):
+    """A line of metrics.jsonl, with its most telling figures as a row on the terminal; every tenth
+    step one group goes to rollouts.jsonl, for people to read."""
     samples = [sample for group in sampled for sample in group]
-    n = len(samples)
-    parts = {}
-    for name in samples[0].parts:  # nan: this reward has nothing to say of this problem
-        values = [s.parts[name] for s in samples if not math.isnan(s.parts[name])]
-        parts[name] = sum(values) / len(values) if values else math.nan
+    lengths = [len(sample.ids) for sample in samples]
     same = [group for group in sampled if not any(sample.adv for sample in group)]
-    right = [group[0].parts.get("accuracy") for group in same]
+    accuracy = [{sample.parts.get("accuracy") for sample in group} for group in same]
+
+    def mean(values):  # nan: this reward does not judge this problem
+        return torch.tensor(values, dtype=torch.float64).nanmean().item()
+
+    parts = {name: mean([sample.parts[name] for sample in samples]) for name in samples[0].parts}
     metrics = {
-        "step": step, "reward": sum(s.reward for s in samples) / n,
-        **{f"reward/{name}": value for name, value in parts.items()},
-        "length": sum(len(s.ids) for s in samples) / n,
-        "truncated": sum(s.truncated for s in samples) / n,
+        "step": step, "reward": mean([sample.reward for sample in samples]),
+        **{f"reward/{name}": value for name, value in parts.items()}, "length": mean(lengths),
+        "truncated": mean([sample.truncated for sample in samples]),
         "zero_variance": len(same) / len(sampled),  # groups that teach nothing, and of these
-        "all_right": right.count(1) / len(sampled), "all_wrong": right.count(0) / len(sampled),
-        **update, "tokens_per_s": sum(len(s.ids) for group in groups for s in group) / took,
-        "sample_s": took - update_s, "update_s": update_s, "seconds": run.seconds}
+        "all_right": accuracy.count({1}) / len(sampled),
+        "all_wrong": accuracy.count({0}) / len(sampled), **update,
+        "tokens_per_s": sum(lengths) / took, "sample_s": took - update_s, "update_s": update_s,
+        "seconds": run.seconds}
     row = {"step": f"{step}/{cfg.rl_steps}", "reward": f"{metrics['reward']:.2f}"}
-    row |= {name: f"{value:.2f}" for name, value in parts.items()}
+    row |= {name[:4]: f"{value:.2f}" for name, value in parts.items()}  # accu, form, lang, ...
     row |= {"length": f"{metrics['length']:.1f}", "kl": f"{update['kl']:.3f}",
-            "entropy": f"{update['entropy']:.2f}", "grad": f"{update['grad_norm']:.2f}"}
-    if update["skipped"]:
-        row["grad"] = "SKIPPED"
+            "entropy": f"{update['entropy']:.2f}",
+            "grad": "SKIPPED" if update["skipped"] else f"{update['grad_norm']:.2f}"}
     if cfg.inner_epochs * cfg.minibatches > 1:
         row["clip"] = f"{update['clip']:.3f}"
     row |= {"zero-var": f"{metrics['zero_variance']:.2f}", "cut": f"{metrics['truncated']:.2f}",
             "tok/s": f"{metrics['tokens_per_s']:.0f}", "sec": f"{took:.1f}"}
     run.log(metrics, row)
     if step % 10 == 1:
-        for s in groups[0]:
-            line = {"step": step, "text": s.text, "reward": s.reward, **s.parts, "adv": s.adv}
+        for sample in sampled[0]:
+            line = {"step": step, "problem": str(sample.problem), "text": sample.text}
+            line |= {**sample.parts, "reward": sample.reward, "advantage": sample.adv}
             run.append("rollouts.jsonl", line)

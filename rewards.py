@@ -272,11 +272,11 @@ SCRIPTS = {  # the letters of each script
 RUNS = {name: re.compile(f"[{letters}]+") for name, letters in SCRIPTS.items()}
 RUNS["other"] = re.compile(r"[^\W\d_" + "".join(SCRIPTS.values()) + "]")  # scripts not listed
 UNSPACED = ("han", "kana", "thai")  # two letters count as one word
-MAX_READ = 20_000  # characters of a thinking whose language is looked at
+MAX_READ = 10_000  # characters of a thinking whose language is looked at
 
 
 def count_words(text):
-    """{script: words}, from the first 20,000 characters; tags are no words."""
+    """{script: words}, from the first 10,000 characters; tags are no words."""
     text, words = TAG.sub(" ", text[:MAX_READ]), {}
     for name, run in RUNS.items():
         found = run.findall(text)

@@ -149,10 +149,12 @@ def test_training_and_evaluation_are_disjoint_in_any_order_of_the_numbers(task):
     assert not held_out & trained and len(trained) > 700
 
 
-def test_the_same_numbers_in_another_order_are_on_the_same_side_of_the_split():
+@pytest.mark.parametrize("task", ["countdown", "arithmetic"])
+def test_the_same_numbers_in_another_order_are_on_the_same_side_of_the_split(task):
     for target in range(100):
-        problem, other = (countdown_problem(n, target) for n in ((3, 7, 2), (2, 3, 7)))
+        problem, other = (data.Problem(task, "", n, target) for n in ((3, 7, 2), (2, 3, 7)))
         assert problem.held_out == other.held_out
+    assert countdown_problem((3, 7, 2), 20) == countdown_problem((2, 3, 7), 20)
 
 
 @pytest.mark.parametrize("task", ["logic", "code", "chat", "unsafe"])

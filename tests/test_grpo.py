@@ -745,15 +745,28 @@ def test_the_reference_follows_the_policy_only_as_often_as_asked(tiny):
     assert torch.equal(vector(ref.parameters()), vector(tiny.parameters()))
 
 
+def test_every_step_samples_with_the_policy_as_it_is_then(tiny, monkeypatch):
+    # On a GPU the sampler is a copy in bfloat16, which each step has to bring up to date.
+    weights = []
+
+    def recording(sampler, *args):
+        weights.append(vector(sampler.parameters()).clone())
+        assert torch.equal(weights[-1], vector(tiny.parameters()).bfloat16())
+        return generate(sampler, *args)
+
+    monkeypatch.setattr(grpo, "generate", recording)
+    cfg = replace(LOOP, rl_steps=3, group_size=8)
+    train_grpo(tiny, None, Env(), Run(sample_dtype=torch.bfloat16), cfg)
+    assert len(weights) == 3 and not torch.equal(weights[0], weights[2])
+
+
 def test_evaluations_between_steps_see_the_policy_as_it_is_then(tiny):
-    run = Run(sample_dtype=torch.bfloat16)
-    train_grpo(tiny, None, Env(), run, replace(LOOP, rl_steps=4, eval_every=2))
-    assert [step for step, _ in run.samplers] == [2]  # the last step is evaluated by the stage
-    run, policy = Run(stop=2, sample_dtype=torch.bfloat16), copy.deepcopy(tiny)
-    train_grpo(policy, None, Env(), run, replace(LOOP, rl_steps=3, eval_every=2))
-    sampler = run.samplers[0][1].state_dict()
-    for name, weight in run.checkpoint["policy"].items():
-        assert torch.equal(sampler[name], weight.bfloat16())
+    run, before = Run(stop=2, sample_dtype=torch.bfloat16), vector(tiny.parameters()).bfloat16()
+    train_grpo(tiny, None, Env(), run, replace(LOOP, rl_steps=4, group_size=8, eval_every=2))
+    (step, sampler), = run.samplers  # the last step is evaluated by whoever called
+    assert step == 2 and not torch.equal(vector(sampler.parameters()), before)
+    for name, weight in sampler.state_dict().items():
+        assert torch.equal(weight, run.checkpoint["policy"][name].bfloat16())
 
 
 # ---------------------------------------------------------------------------------------- settings

@@ -174,6 +174,9 @@ LACKING = [  # changes of a config, and a word that the refusal must name
     ({"hidden_size": 10**30}, "hidden_size"),
     ({"hidden_size": 16.5}, "hidden_size"),
     ({"hidden_size": float("nan")}, "hidden_size"),
+    ({"hidden_size": 0}, "n_embd"),
+    ({"hidden_size": 2**20}, "hidden_size"),
+    ({"num_attention_heads": 0}, "n_head"),
     ({"num_attention_heads": None}, "num_attention_heads"),
     ({"num_hidden_layers": True}, "num_hidden_layers"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
@@ -291,8 +294,9 @@ def test_missing_unknown_and_misshapen_tensors_are_named(tmp_path):
     model = from_pretrained(fixture("qwen2"))
     save_pretrained(model, str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
-    huge = {"hidden_size": 2**20, "intermediate_size": 2**20, "vocab_size": 2**24,
-            "num_attention_heads": 2**20, "head_dim": 2**20}
+    most = 2**20 - 2  # no memory is taken for what a config says before the weights were compared
+    huge = {"hidden_size": most, "intermediate_size": most, "vocab_size": 10**12 - 1,
+            "num_attention_heads": most, "head_dim": most}
     cases = [({"num_hidden_layers": 3}, "missing.*layers.2"),
              ({"num_hidden_layers": 1}, "unknown.*layers.1"),
              ({"num_hidden_layers": 10**6}, "1000000 layers"),

@@ -156,7 +156,7 @@ def rates(rounds):
 
 def ratio(ours, theirs):
     """Work a second, ours over theirs, round by round."""
-    return spread([a / b for a, b in zip(rates(ours), rates(theirs), strict=False)])
+    return spread([a / b for a, b in zip(rates(ours), rates(theirs), strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------

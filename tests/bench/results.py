@@ -1,8 +1,10 @@
-"""Makes every figure of the README's tables: runs the recipe for each seed, gathers what it wrote into assets/results.json, and writes the
-tables into the README from there. tests/test_readme.py checks that they agree.
+"""Makes the figures of README.md and assets/results.md: runs the recipe for each seed, gathers
+what it wrote into assets/results.json, and writes the tables from there. tests/test_readme.py
+compares them.
 
-    python tests/bench/results.py --run              # hours: everything, in out1, out2, ...; what is finished is not run again
-    python tests/bench/results.py                    # then: gather, and write the tables
+    python tests/bench/results.py --run       # hours: everything, in out1, out2, ...; resumes
+    python tests/bench/results.py             # then: gather, and write the tables
+    python tests/bench/results.py --write     # write the tables from assets/results.json as it is
 """
 import argparse
 import json
@@ -20,13 +22,17 @@ import data  # noqa: E402
 
 FILE = os.path.join(ROOT, "assets", "results.json")
 SEEDS = (1, 2, 3)
-SIDE_BY_SIDE = "python sample.py --ckpt=out/base/ckpt.pt --vs=out/zero/ckpt.pt --numbers=4,9,6 --target=30 --n=1"
-PIPELINE = ["base", "zero", "dev1", "dev2", "dev3", "r1"]
-RUNS = {  # name: the commands that make it, the first of which ends with zero
-    **{f"seed {s}": [f"python train.py --seed={s}{threads} --out_dir=out{s}", f"python train.py r1 distill small_zero dev2_free zero_emoji --seed={s}{threads} --out_dir=out{s}"]
-       for s, threads in ((1, " --threads=1"), (2, " --threads=1"), (3, ""))},  # the last by itself, on all cores: --run --only="seed 3" --jobs=1
-    **{f"{task}, seed {s}": [f"python train.py --task={task} --seed={s} --threads=1 --out_dir=out-{task}{s}"] for task in ("arithmetic", "logic", "code") for s in SEEDS},
-}
+ASK = "--numbers=4,9,6 --target=30 --n=1"
+SIDE_BY_SIDE = f"python sample.py --ckpt=out/base/ckpt.pt --vs=out/zero/ckpt.pt {ASK}"
+LATER = "r1 distill small_zero dev2_free zero_emoji"
+SHOWN_STEPS = (1, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60)
+RUNS = {}  # name: the commands that make it, the first of which ends with zero
+for seed in SEEDS:
+    flags = f"--seed={seed} --threads=1 --out_dir=out{seed}"
+    RUNS[f"seed {seed}"] = [f"python train.py {flags}", f"python train.py {LATER} {flags}"]
+for task in ("arithmetic", "logic", "code"):
+    flags = f"--task={task} --seed=1 --threads=1 --out_dir=out-{task}1"
+    RUNS[f"{task}, seed 1"] = [f"python train.py {flags}"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -37,53 +43,82 @@ def folder(name):
     return os.path.join(ROOT, RUNS[name][0].split("--out_dir=")[1])
 
 
+def read(path):
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
 def carry_out(name):
     """Runs the commands of one run, and writes the minutes that each took beside what it made."""
     os.makedirs(folder(name), exist_ok=True)
-    path, minutes = os.path.join(folder(name), "minutes.json"), {}
-    if os.path.exists(path):
-        with open(path) as f:
-            minutes = json.load(f)
+    path = os.path.join(folder(name), "minutes.json")
+    minutes = read(path) if os.path.exists(path) else {}
     for command in RUNS[name]:
         if command in minutes:
             continue
-        with open(os.path.join(folder(name), "log.txt"), "a") as log:
+        with open(os.path.join(folder(name), "log.txt"), "a", encoding="utf-8") as log:
             t0 = time.time()
-            subprocess.run([sys.executable, *command.split()[1:]], cwd=ROOT, stdout=log, stderr=log, check=True)
+            argv = [sys.executable, *command.split()[1:]]
+            subprocess.run(argv, cwd=ROOT, stdout=log, stderr=log, check=True)
         minutes[command] = (time.time() - t0) / 60
-        with open(path, "w") as f:
+        with open(path, "w", encoding="utf-8") as f:
             json.dump(minutes, f)
 
 
 def gather():
-    """What the runs wrote, as far as they were made, as {"about": ..., "runs": {name: {"minutes", "stages": {stage: eval.json}}}}."""
+    """What the runs wrote, as far as they were made: {"about", "seen", "runs": {name: {"minutes",
+    "stages": {stage: eval.json}}}}, and what was measured earlier as it is."""
     import torch
-    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    with open("/proc/cpuinfo") as f:
-        cpu = re.search("model name\\s*: (.*)", f.read())
     runs = {}
     for name in RUNS:
-        stages = {}
-        for stage in sorted(os.listdir(folder(name))) if os.path.isdir(folder(name)) else []:
-            path = os.path.join(folder(name), stage, "eval.json")
+        where, stages = folder(name), {}
+        if not os.path.exists(os.path.join(where, "minutes.json")):
+            continue
+        for stage in sorted(os.listdir(where)):
+            path = os.path.join(where, stage, "eval.json")
             if os.path.exists(path):
-                with open(path) as f:
-                    stages[stage] = round_all(json.load(f))
-        if os.path.exists(os.path.join(folder(name), "minutes.json")):
-            with open(os.path.join(folder(name), "minutes.json")) as f:
-                runs[name] = {"minutes": round_all(json.load(f)), "stages": stages}
-    with open(os.path.join(folder("seed 1"), "log.txt"), encoding="utf-8") as f:
-        steps = {int(m[1]): m[0] for m in re.finditer(r"^zero +(\d+)/60 .*?clip \S+", f.read(), re.M)}
-    shown = subprocess.run([sys.executable, *SIDE_BY_SIDE.replace("out/", "out1/").split()[1:]], cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "120"}).stdout
-    seen = {"log": "\n".join(steps[i] for i in (1, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60)), "side_by_side": shown.replace("out1/", "out/").strip()}
-    with open(FILE, encoding="utf-8") as f:
-        earlier = json.load(f)["earlier"]  # measured by other commands, with the commit they were measured at: stays as it is
-    return {"earlier": earlier, "seen": seen, "about": {"cpu": cpu[1] if cpu else platform.processor(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
-                      "commit": git("log", "-1", "--format=%h", "--", *[f"{file}.py" for file in ("model", "data", "grpo", "rewards", "train")])}, "runs": runs}
+                stages[stage] = round_all(read(path))
+        minutes = round_all(read(os.path.join(where, "minutes.json")))
+        runs[name] = {"minutes": minutes, "stages": stages}
+    return {"earlier": read(FILE)["earlier"], "seen": seen(folder("seed 1")), "runs": runs,
+            "about": {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__,
+                      "python": platform.python_version(), "commit": commit()}}
+
+
+def seen(where):
+    """What a person sees of a run: lines of zero's log, and one puzzle before and after RL."""
+    with open(os.path.join(where, "log.txt"), encoding="utf-8") as f:
+        lines = f.read().splitlines()
+    rows = {int(m[1]): line for line in lines if (m := re.match(r" +(\d+)/60 ", line))}
+    header = next(line for line in lines if re.match(" +step reward ", line))
+    command = SIDE_BY_SIDE.replace("out/", where + "/").split()[1:]
+    shown = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
+                           check=True, env={**os.environ, "COLUMNS": "120"}).stdout
+    shown = shown.replace(where, "out")
+    log = "\n".join([header, *[rows[i] for i in SHOWN_STEPS]])
+    return {"log": log, "side_by_side": shown.strip()}
+
+
+def cpu_name():
+    if not os.path.exists("/proc/cpuinfo"):
+        return platform.processor()
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+        found = re.search("model name\\s*: (.*)", f.read())
+    return found[1] if found else platform.processor()
+
+
+def commit():
+    files = [f"{file}.py" for file in ("model", "data", "grpo", "rewards", "sample", "train")]
+    command = ["git", "log", "-1", "--format=%h", "--", *files]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def round_all(x):
-    return {k: round_all(v) for k, v in x.items()} if isinstance(x, dict) else [round_all(v) for v in x] if isinstance(x, list) else round(x, 5) if isinstance(x, float) else x
+    if isinstance(x, dict):
+        return {key: round_all(value) for key, value in x.items()}
+    if isinstance(x, list):
+        return [round_all(value) for value in x]
+    return round(x, 5) if isinstance(x, float) else x
 
 
 # ------------------------------------------------------------------------------------------------
@@ -91,120 +126,228 @@ def round_all(x):
 
 
 def table(head, rows):
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
 
 
-def pct(x, digits=1):
-    return f"{100 * x:.{digits}f} %"
+def pct(x):
+    return f"{100 * x:.1f} %"
+
+
+def whole(x):
+    return f"{x:.0f}"
+
+
+def two(x):
+    return f"{x:.2f}"
 
 
 def spread(values, show=pct):
     """Mean of the seeds, and the least and the most of them."""
     values = list(values)
     least, most = (show(f(values)).removesuffix(" %") for f in (min, max))
-    text = f"{show(sum(values) / len(values))} ({least}{'–' if min(values) >= 0 else ' to '}{most})"
-    return text.replace("-", "−")
+    to = "–" if min(values) >= 0 else " to "
+    return f"{show(sum(values) / len(values))} ({least}{to}{most})".replace("-", "−")
+
+
+def by_seed(values, show=pct):
+    return " / ".join(show(value).removesuffix(" %") for value in values).replace("-", "−")
+
+
+class Seeds:
+    """The stages' results of every seed."""
+
+    def __init__(self, runs):
+        self.all = [run["stages"] for name, run in runs.items() if name.startswith("seed")]
+
+    def get(self, stage, key="pass@1", task="countdown"):
+        return [stages[stage].get(task, {}).get(key, 0) for stages in self.all]
+
+    def spread(self, stage, key="pass@1", task="countdown", show=pct):
+        return spread(self.get(stage, key, task), show)
+
+    def every(self, check):
+        return "yes" if all(check(stages) for stages in self.all) else "**no**"
+
+
+def minutes_of(run):
+    return list(run["minutes"].values())
 
 
 def blocks(results):
-    """{name of a block in the README: its Markdown}."""
-    runs = results["runs"]
-    seeds = {name: run["stages"] for name, run in runs.items() if name.startswith("seed")}
-    get = lambda stage, task, key: [stages[stage][task][key] for stages in seeds.values()]
-    show = lambda stage, task, key, how=pct: spread(get(stage, task, key), how)
-    number = lambda digits: lambda x: f"{x:.{digits}f}"
-    about, minutes = results["about"], lambda run: list(run["minutes"].values())
-    out = {"hardware": f"{about['cores']} cores of an {about['cpu']}, torch {about['torch']}, fp32, commit {about['commit']}"}
-
-    out.update({name: f"```\n{text}\n```" for name, text in results["seen"].items()})
-
-    out["speed"] = table(results["earlier"]["speed"]["rows"][0], results["earlier"]["speed"]["rows"][1:])
+    """{name of a block in README.md or assets/results.md: its Markdown}."""
+    runs, about = results["runs"], results["about"]
+    seeds = Seeds(runs)
+    out = {"hardware": f"{about['cores']} cores of an {about['cpu']}, torch {about['torch']}, fp32, "
+                       f"commit {about['commit']}"}
+    out |= {name: f"```\n{text}\n```" for name, text in results["seen"].items()}
+    speed = results["earlier"]["speed"]["rows"]
+    out["speed"] = table(speed[0], speed[1:])
     out["smollm2"] = f"```\n{results['earlier']['smollm2']['text']}\n```"
+    commands = [command for run in runs for command in runs[run]["minutes"]]
+    out["commands"] = "```\n" + "\n".join(commands) + "\n```"
+    out["zero"] = zero_table(runs)
+    columns = [("pass@1", "countdown", "pass@1", pct), ("cons@16", "countdown", "cons@16", pct),
+               ("greedy", "countdown", "pass@1_greedy", pct),
+               ("format", "countdown", "format", pct),
+               ("one language", "countdown", "one_language", pct),
+               ("length", "countdown", "length", whole), ("arithmetic", "arithmetic", "pass@1", pct),
+               ("logic", "logic", "pass@1", pct), ("code", "code", "pass@1", pct)]
+    stages = ["base", "zero", "dev1", "dev2", "dev3", "r1", "small_base", "small_zero", "distill"]
+    out["pipeline"] = stage_table(seeds, stages, columns)
+    columns = [("chat right", "chat", "pass@1", pct), ("unsafe declined", "unsafe", "pass@1", pct),
+               ("gold reward (−2 to 3)", "chat", "gold_reward", two),
+               ("thinks: countdown", "countdown", "thinks", pct),
+               ("thinks: chat", "chat", "thinks", pct),
+               ("thinks: unsafe", "unsafe", "thinks", pct),
+               ("win rate over dev3", "win_rate", "gold", pct),
+               ("win rate (RM)", "win_rate", "reward_model", pct)]
+    stages = ["base", "zero", "dev1", "dev2", "dev3", "r1", "distill"]
+    out["general"] = stage_table(seeds, stages, columns)
+    out["claims"] = claims(seeds)
+    return out
 
+
+def zero_table(runs):
+    head = ["run", "base pass@1", "base pass@16", "zero pass@1", "greedy", "pass@16", "cons@16",
+            "format", "length", "one language", "minutes"]
     rows = []
     for name, run in runs.items():
         task = name.split(",")[0] if "," in name else "countdown"
         b, z = run["stages"]["base"][task], run["stages"]["zero"][task]
-        rows.append([name, pct(b["pass@1"]), f"{pct(z['pass@1'])} ({100 * z['pass@1_ci'][0]:.1f}–{100 * z['pass@1_ci'][1]:.1f})", f"{pct(b['pass@1_greedy'])} → {pct(z['pass@1_greedy'])}",
-                     pct(z["pass@16"]), pct(z["cons@16"]), f"{pct(b['format'])} → {pct(z['format'])}", f"{b['length']:.0f} → {z['length']:.0f}", pct(z["consistency"]), f"{minutes(run)[0]:.1f}"])
-    out["zero"] = table(["run", "base pass@1", "zero pass@1", "greedy", "pass@16", "cons@16", "format", "length", "one language", "minutes"], rows)
-    out["commands"] = "```\n" + "\n".join(command for run in runs for command in RUNS[run]) + "\n```"
-
-    columns = [("pass@1", "countdown", "pass@1", pct), ("cons@16", "countdown", "cons@16", pct), ("format", "countdown", "format", pct), ("one language", "countdown", "consistency", pct),
-               ("length", "countdown", "length", number(0)), ("arithmetic", "arithmetic", "pass@1", pct), ("logic", "logic", "pass@1", pct), ("code", "code", "pass@1", pct)]
-    stages = PIPELINE + ["small_base", "small_zero", "distill"]
-    out["pipeline"] = table(["", *[title for title, *_ in columns]], [[f"`{stage}`", *[show(stage, *c[1:]) for c in columns]] for stage in stages])
-
-    general = [("chat right", "chat", "pass@1", pct), ("unsafe declined", "unsafe", "pass@1", pct), ("liked (−2 to 3)", "chat", "liking", number(2)),
-               ("thinks: countdown", "countdown", "thinks", pct), ("thinks: chat", "chat", "thinks", pct), ("thinks: unsafe", "unsafe", "thinks", pct)]
-    rows = [[f"`{stage}`", *[show(stage, *c[1:]) for c in general],
-             *[spread([s[stage].get("against dev3", {}).get(key, 0) for s in seeds.values()]) if stage in ("r1", "distill") else "–" for key in ("preferred", "preferred by the reward model")]]
-            for stage in stages if stage not in ("small_zero", "small_base")]
-    out["general"] = table(["", *[title for title, *_ in general], "preferred to dev3", "so the reward model"], rows)
-    out["claims"] = claims(seeds, runs, show, get)
-    return out
+        low, high = (100 * x for x in z["pass@1_ci"])
+        rows.append([name, pct(b["pass@1"]), pct(b["pass@16"]),
+                     f"{pct(z['pass@1'])} ({low:.1f}–{high:.1f})",
+                     f"{pct(b['pass@1_greedy'])} → {pct(z['pass@1_greedy'])}", pct(z["pass@16"]),
+                     pct(z["cons@16"]), f"{pct(b['format'])} → {pct(z['format'])}",
+                     f"{b['length']:.0f} → {z['length']:.0f}", pct(z["one_language"]),
+                     f"{minutes_of(run)[0]:.1f}"])
+    return table(head, rows)
 
 
-def claims(seeds, runs, show, get):
-    """The article's claims, what says so here, and whether it does for every seed."""
-    pass1 = lambda stage: show(stage, "countdown", "pass@1")
-    every = lambda *pairs: "yes" if all(pairs) else "**no**"
-    at = lambda stage, key="pass@1", task="countdown": get(stage, task, key)
-    each = lambda test, *lists: every(*[test(*values) for values in zip(*lists)])
-    pairs = [s["reward_model"]["pairs"] for s in seeds.values()]
-    low, high = [ci[0] for ci in at("distill", "pass@1_ci")], [ci[1] for ci in at("small_zero", "pass@1_ci")]
+def stage_table(seeds, stages, columns):
+    rows = []
+    for stage in stages:
+        cells = [seeds.spread(stage, key, task, show) if any(seeds.get(stage, key, task)) else "0"
+                 for _, task, key, show in columns]
+        rows.append([f"`{stage}`", *cells])
+    return table(["", *[heading for heading, *_ in columns]], rows)
+
+
+def claims(seeds):
+    """What the article says, what is measured here, and whether the check holds for every seed. The
+    check of a row is as strong as the row's words."""
+    def main(stages, stage, key="pass@1"):
+        return stages[stage]["countdown"][key]
+
+    show, get = seeds.spread, seeds.get
     asked = data.eval_problems(data.DataConfig(), 50, "chat")
     counting = sum(problem.question.startswith("count ") for problem in asked) / len(asked)
+    free = [100 * (a - b) for a, b in zip(get("dev2"), get("dev2_free"), strict=True)]
+    emoji = [100 * (a - b) for a, b in zip(get("zero_emoji"), get("zero"), strict=True)]
     rows = [
-        ["RL alone makes a base reason, and its thinking longer", "zero", f"pass@1 {pass1('base')} → {pass1('zero')}; length {show('base', 'countdown', 'length', lambda x: f'{x:.0f}')} → {show('zero', 'countdown', 'length', lambda x: f'{x:.0f}')}",
-         each(lambda b, z, m, n: z > b + 0.5 and n > m, at("base"), at("zero"), at("base", "length"), at("zero", "length"))],
-        ["a majority vote beats single samples", "zero", f"zero: cons@16 {show('zero', 'countdown', 'cons@16')} against {pass1('zero')}", each(lambda a, b: a > b, at("zero", "cons@16"), at("zero"))],
-        ["R1-Zero mixes languages (its prompts are all English)", "zero", f"one language: zero {show('zero', 'countdown', 'consistency')}", each(lambda c: c < 0.9, at("zero", "consistency"))],
-        ["a language reward ends that, and costs a little accuracy", "dev2 dev2_free", f"one language: `dev2` {show('dev2', 'countdown', 'consistency')}, without the reward (`dev2_free`) {show('dev2_free', 'countdown', 'consistency')}; pass@1 {pass1('dev2')} against {pass1('dev2_free')}",
-         each(lambda c: c >= 0.95, at("dev2", "consistency"))],
-        ["a cold start makes text readable at once", "dev1", f"one language: zero {show('zero', 'countdown', 'consistency')} → `dev1` {show('dev1', 'countdown', 'consistency')}; format {show('dev1', 'countdown', 'format')}; RL then starts from {pass1('dev1')}, not {pass1('base')}",
-         each(lambda a, b, c, d: b > a and c > d, at("zero", "consistency"), at("dev1", "consistency"), at("dev1"), at("base"))],
-        ["rejection sampling keeps reasoning and adds general tasks", "dev3", f"pass@1 `dev2` {pass1('dev2')}, `dev3` {pass1('dev3')}; chat {show('dev2', 'chat', 'pass@1')} → {show('dev3', 'chat', 'pass@1')}, unsafe declined {show('dev2', 'unsafe', 'pass@1')} → {show('dev3', 'unsafe', 'pass@1')}",
-         each(lambda a, b, c, d: b > a - 0.05 and c > 0.8 and d > 0.8, at("dev2"), at("dev3"), at("dev3", task="chat"), at("dev3", task="unsafe"))],
-        ["RL for all scenarios: more helpful, more harmless, no less able", "r1", f"hidden rule (−2 to 3) {show('dev3', 'chat', 'liking', lambda x: f'{x:.2f}')} → {show('r1', 'chat', 'liking', lambda x: f'{x:.2f}')}; declined {show('dev3', 'unsafe', 'pass@1')} → {show('r1', 'unsafe', 'pass@1')}; "
-         f"pass@1 {pass1('dev3')} → {pass1('r1')}; the reward model agrees with people on {spread(p['agrees with people'] for p in pairs)} of held-out pairs (people themselves err in 10 %)",
-         each(lambda a, b, c, d, e, f: b > a and d > c and f > e - 0.03, at("dev3", "liking", "chat"), at("r1", "liking", "chat"), at("dev3", task="unsafe"), at("r1", task="unsafe"), at("dev3"), at("r1"))],
-        ["distillation beats RL on the small model", "distill small_zero", f"pass@1 `distill` {pass1('distill')} against `small_zero` {pass1('small_zero')}", each(lambda a, b: a > b, low, high)],
-        ["thinking is left out where it is not needed", "r1", f"`r1` thinks in {show('r1', 'countdown', 'thinks')} of countdown, {show('r1', 'chat', 'thinks')} of chat ({counting:.0%} of these requests are to count, which takes thinking) and {show('r1', 'unsafe', 'thinks')} of unsafe requests",
-         each(lambda a, b, c: a > 0.95 and b < 0.3 and c < 0.05, at("r1", "thinks"), at("r1", "thinks", "chat"), at("r1", "thinks", "unsafe"))],
-        ["an emoji reward is obeyed", "zero_emoji", f"steps that end with one: `zero` {show('zero', 'countdown', 'emoji')}, `zero_emoji` {show('zero_emoji', 'countdown', 'emoji')}; pass@1 {pass1('zero')} and {pass1('zero_emoji')}, by seed "
-         + ", ".join(f"{100 * (b - a):+.1f}".replace("-", "−") for a, b in zip(at("zero"), at("zero_emoji"))) + " points (bar: −3)",
-         each(lambda e, a, b: e >= 0.95 and b > a - 0.03, at("zero_emoji", "emoji"), at("zero"), at("zero_emoji"))]]
-    rows = [[claim, f"`python train.py {stages}`", *found] for claim, stages, *found in rows]
-    return (table(["claim", "run", "what says so here", "for every seed"], rows)
-            + f"\n\nThe whole recipe took {sum(runs['seed 3']['minutes'].values()):.0f} minutes for seed 3, which had the two cores for itself; up to `zero` it was {next(iter(runs['seed 3']['minutes'].values())):.1f}.")
+        ["RL alone lifts single samples above the best of 16 that the base takes", "zero",
+         f"base pass@1 {show('base')}, pass@16 {show('base', 'pass@16')}; "
+         f"zero pass@1 {show('zero')}",
+         lambda s: main(s, "zero") > main(s, "base", "pass@16")],
+        ["thinking grows to at least 1.8 times its length, and no reward pays for length (the "
+         "default loss is known to favour it; see Limits)", "zero",
+         f"{show('base', 'length', show=whole)} → {show('zero', 'length', show=whole)} tokens",
+         lambda s: main(s, "zero", "length") >= 1.8 * main(s, "base", "length")],
+        ["a majority vote of 16 beats single samples, beyond their 95 % interval", "zero",
+         f"cons@16 {show('zero', 'cons@16')}, pass@1 {show('zero')}",
+         lambda s: main(s, "zero", "cons@16") > main(s, "zero", "pass@1_ci")[1]],
+        ["R1-Zero mixes languages: under 90 % of its words are in the prompts' one language",
+         "zero",
+         f"by seed {by_seed(get('zero', 'one_language'))} %",
+         lambda s: main(s, "zero", "one_language") < 0.9],
+        ["a cold start on at most 200 traces is more readable than R1-Zero, and RL then starts "
+         "above 90 %; one seed still mixes", "dev1",
+         f"one language by seed {by_seed(get('zero', 'one_language'))} → "
+         f"{by_seed(get('dev1', 'one_language'))} %; pass@1 {show('dev1')}",
+         lambda s: main(s, "dev1", "one_language") > main(s, "zero", "one_language")
+         and main(s, "dev1") > 0.9],
+        ["with a language reward at least 98 % of words are in one language, more than without; the "
+         "cost in accuracy is small", "dev2 dev2_free",
+         f"by seed {by_seed(get('dev2', 'one_language'))} %, without it (`dev2_free`) "
+         f"{by_seed(get('dev2_free', 'one_language'))} %; pass@1 {by_seed(free, '{:+.1f}'.format)} "
+         f"points",
+         lambda s: main(s, "dev2", "one_language") >= 0.98
+         and main(s, "dev2", "one_language") > main(s, "dev2_free", "one_language")
+         and main(s, "dev2") > main(s, "dev2_free") - 0.015],
+        ["rejection sampling keeps reasoning within 3 points and adds general tasks: chat over "
+         "90 % right, over 85 % of unsafe requests declined", "dev3",
+         f"pass@1 `dev2` {show('dev2')}, `dev3` {show('dev3')}; chat "
+         f"{show('dev3', task='chat')}, declined {show('dev3', task='unsafe')}",
+         lambda s: main(s, "dev3") > main(s, "dev2") - 0.03 and s["dev3"]["chat"]["pass@1"] > 0.9
+         and s["dev3"]["unsafe"]["pass@1"] > 0.85],
+        ["RL for all scenarios declines more and is preferred, and hacks its reward model: chat is "
+         "right *less* often, and the reward model prefers it more often than gold reward does",
+         "r1",
+         f"declined {show('dev3', task='unsafe')} → {show('r1', task='unsafe')}; chat by seed "
+         f"{by_seed(get('dev3', task='chat'))} → {by_seed(get('r1', task='chat'))} %; win rate over "
+         f"`dev3` by gold reward {show('r1', 'gold', 'win_rate')}, by the reward model "
+         f"{show('r1', 'reward_model', 'win_rate')}; countdown {show('dev3')} → {show('r1')}",
+         lambda s: s["r1"]["unsafe"]["pass@1"] > s["dev3"]["unsafe"]["pass@1"]
+         and s["r1"]["chat"]["pass@1"] < s["dev3"]["chat"]["pass@1"]
+         and 0.5 < s["r1"]["win_rate"]["gold"] < s["r1"]["win_rate"]["reward_model"]
+         and main(s, "r1") > main(s, "dev3") - 0.03],
+        ["sampled at T = 1, distillation beats RL on the small model; greedily RL is ahead",
+         "distill small_zero",
+         f"T = 1: `distill` {show('distill')}, `small_zero` {show('small_zero')}; greedy by seed "
+         f"{by_seed(get('distill', 'pass@1_greedy'))} against "
+         f"{by_seed(get('small_zero', 'pass@1_greedy'))} %",
+         lambda s: main(s, "distill", "pass@1_ci")[0] > main(s, "small_zero", "pass@1_ci")[1]
+         and main(s, "distill", "pass@1_greedy") < main(s, "small_zero", "pass@1_greedy")],
+        ["thinking is left out where it is not needed", "r1",
+         f"`r1` thinks in {show('r1', 'thinks')} of countdown, {show('r1', 'thinks', 'chat')} of "
+         f"chat (in {counting:.0%} the request is to count, which takes thinking) and "
+         f"{show('r1', 'thinks', 'unsafe')} of unsafe requests",
+         lambda s: main(s, "r1", "thinks") > 0.95 and s["r1"]["chat"]["thinks"] < counting + 0.02
+         and s["r1"]["unsafe"]["thinks"] < 0.01],
+        ["an emoji reward is obeyed in over 95 % of lines and costs up to 3.4 points (80 steps for "
+         "60 and no division by std, beside the reward)", "zero_emoji",
+         f"lines with one: {show('zero', 'emoji')} → {show('zero_emoji', 'emoji')}; pass@1 "
+         f"{by_seed(emoji, '{:+.1f}'.format)} points",
+         lambda s: main(s, "zero_emoji", "emoji") > 0.95
+         and main(s, "zero_emoji") >= main(s, "zero") - 0.0345]]
+    head = ["claim", "stages", "measured: mean (least–most) of three seeds", "every seed"]
+    return table(head, [[claim, f"`{stages}`", figures, seeds.every(check)]
+                        for claim, stages, figures, check in rows])
 
 
-def write_readme(results):
-    """Puts every block between its two comments in the README."""
-    path = os.path.join(ROOT, "README.md")
-    with open(path, encoding="utf-8") as f:
-        text = f.read()
-    for name, block in blocks(results).items():
-        text = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + block + "\n" + m[2], text, flags=re.S)
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(text)
+def write(results):
+    """Puts every block between its two comments in README.md and assets/results.md."""
+    found = blocks(results)
+    for file in ("README.md", os.path.join("assets", "results.md")):
+        path = os.path.join(ROOT, file)
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
+        for name, block in found.items():
+            pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+            text = pattern.sub(lambda m, block=block: f"{m[1]}{block}\n{m[2]}", text)
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(text)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="run what is not there yet")
-    parser.add_argument("--only", default="", help="... of these runs alone: their names begin so, separated by semicolons")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a core each (default %(default)s)")
+    parser.add_argument("--write", action="store_true", help="write the tables and gather nothing")
+    parser.add_argument("--only", default="", help="... runs whose names begin so, by semicolons")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a core each")
     args = parser.parse_args()
     if args.run:
+        names = [name for name in RUNS if name.startswith(tuple(args.only.split(";")))]
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(carry_out, [name for name in RUNS if name.startswith(tuple(args.only.split(";")))]))
+            list(pool.map(carry_out, names))
         return
-    found = gather()
-    with open(FILE, "w", encoding="utf-8") as f:
-        json.dump(found, f, indent=1, ensure_ascii=False)
-    write_readme(found)
+    if not args.write:
+        found = gather()
+        with open(FILE, "w", encoding="utf-8") as f:
+            json.dump(found, f, indent=1, ensure_ascii=False)
+    write(read(FILE))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 line a case.
 
     taskset -c 0 python tests/bench/rollout.py --threads=1
-    python tests/bench/rollout.py --shape=qwen1.5b --device=cuda --dtype=bfloat16 --prompts=16 --group=8
+    python tests/bench/rollout.py --shape=qwen1.5b --device=cuda --dtype=bfloat16
 
 With transformers installed its `generate` does the same work in turn with ours, and the ratio is
 printed.

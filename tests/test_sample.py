@@ -1,0 +1,396 @@
+"""What asks a model and takes no gradient: evaluation, rejection sampling, win rates, and the
+command line of sample.py."""
+import itertools
+import json
+from dataclasses import asdict, fields
+
+import pytest
+import torch
+from test_train import command, read, refusal, results, run
+
+import data
+import rewards
+import sample
+import train
+from model import GPT, Completion, GPTConfig, UserError, save_checkpoint, validate
+
+ADD = data.countdown_problem((3, 7), 10)
+TIMES = data.countdown_problem((9, 8), 72)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    run(out, "zero")
+    return out
+
+
+def says(monkeypatch, texts, truncated=()):
+    """The model will say these texts, one per sample, with no end token; those whose index is in
+    `truncated` count as cut off."""
+    tok, left = data.load_tokenizer(), list(enumerate(texts))
+
+    def generate(model, prompts, k, *others):
+        said = [left.pop(0) for _ in range(len(prompts) * k)]
+        return [Completion(prompts[n // k], tok.encode(text), None, i in truncated)
+                for n, (i, text) in enumerate(said)]
+
+    monkeypatch.setattr(sample, "generate", generate)
+    return tok
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+    for n, c, k in [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 1), (7, 3, 7)]:
+        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+        share = sum(map(any, subsets)) / len(subsets)
+        assert sample.pass_at_k(n, c, k) == pytest.approx(share)
+
+
+def test_a_majority_votes_over_answers_and_the_first_wins_a_tie():
+    right, wrong, none = ("a", True), ("b", False), (None, False)
+    vote = sample.majority_vote
+    assert vote([wrong, right, right]) and not vote([wrong, right, wrong])
+    assert vote([right, wrong]) and not vote([wrong, right])
+    assert vote([none, none, none, right]) and not vote([none]) and not vote([])
+
+
+def test_evaluation_counts_what_it_says(monkeypatch):
+    """Four samples of each of two problems with known verdicts."""
+    texts = ["<think>\n</think>\n<answer>3+7</answer>", "<answer>7+3</answer>",
+             "<answer>7*3</answer>", "no",  # vote: 3+7, right
+             "<answer>9-8</answer>", "<answer>9-8</answer>",
+             "<answer>8*9</answer>", "不"]  # vote: 9-8, wrong
+    tok, cfg = says(monkeypatch, texts, truncated=[7]), sample.Config()
+    metrics, samples = sample.evaluate(None, tok, [ADD, TIMES], 4, cfg, 1.0)
+    assert metrics["pass@1"] == 3 / 8 and metrics["pass@4"] == 1.0 and metrics["cons@4"] == 0.5
+    half = 1.96 * torch.tensor([0.5, 0.25]).std().item() / 2 ** 0.5
+    assert metrics["pass@1_ci"] == pytest.approx([3 / 8 - half, 3 / 8 + half])
+    assert metrics["format"] == 1 / 8 and metrics["truncated"] == 1 / 8
+    assert metrics["one_language"] == 7 / 8 and metrics["thinks"] == 0
+    assert metrics["length"] == sum(len(tok.encode(text)) for text in texts) / 8
+    assert (metrics["problems"], metrics["samples"], metrics["temperature"]) == (2, 4, 1.0)
+    assert [s["completion"] for s in samples] == texts
+    assert [s["right"] for s in samples] == [True, True, False, False, False, False, True, False]
+    assert [s["prompt"] for s in samples] == [ADD.prompt] * 4 + [TIMES.prompt] * 4
+    assert samples[0]["answer"] == samples[1]["answer"] and samples[3]["answer"] is None
+
+
+def test_thinking_and_second_attempts_are_counted(monkeypatch):
+    misses = "<think>\n3-7=4 vs 10 no\n3+7=10 vs 10 yes\n</think>\n<answer>3+7</answer>"
+    gives_up = "<think>\n3*7=21 vs 10 no\nI give up\n</think>\n<answer>3*7</answer>"
+    tok = says(monkeypatch, [misses, gives_up])
+    metrics, samples = sample.evaluate(None, tok, [ADD], 2, sample.Config(), 1.0)
+    assert metrics["thinks"] == 1 and metrics["retry_rate"] == 0.5 and metrics["pass@1"] == 0.5
+    assert [s["retry_rate"] for s in samples] == [True, False]
+    assert metrics["pass@1_ci"] == [0, 1]  # one problem says nothing about others
+
+
+def test_general_requests_are_judged_by_gold_reward(monkeypatch):
+    problem = data.Problem("chat", "repeat dog cat", (), "dog cat")
+    tok = says(monkeypatch, ["<answer>of course, dog cat</answer>", "dog cat"])
+    metrics, samples = sample.evaluate(None, tok, [problem], 2, sample.Config(), 1.0)
+    assert [s["gold_reward"] for s in samples] == [3, -2] and metrics["gold_reward"] == 0.5
+    says(monkeypatch, ["7"])
+    metrics, _ = sample.evaluate(None, tok, [ADD], 1, sample.Config(), 1.0)
+    assert "gold_reward" not in metrics
+
+
+def test_evaluation_draws_the_same_samples_every_time():
+    torch.manual_seed(0)
+    tok = data.load_tokenizer()
+    model = GPT(GPTConfig(vocab_size=tok.n_vocab, n_layer=1, n_embd=16, n_head=2, head_dim=8))
+    cfg = sample.Config.of({"max_new_tokens": 8})
+    problems = data.eval_problems(cfg.data, 40)  # more than go into one batch
+
+    def texts(temperature):
+        _, samples = sample.evaluate(model, tok, problems, 2, cfg, temperature)
+        return [s["completion"] for s in samples]
+
+    assert texts(1.0) == texts(1.0) != texts(0.5)
+    greedy = texts(0.0)
+    assert greedy[0::2] == greedy[1::2]
+
+
+def test_eval_writes_beside_the_checkpoint(finished, tmp_path, capsys):
+    (tmp_path / "ckpt.pt").write_bytes((finished / "zero" / "ckpt.pt").read_bytes())
+    flags = ["--eval_problems=2", "--eval_samples=2", "--max_new_tokens=12"]
+    train.main(["eval", f"--ckpt={tmp_path / 'ckpt.pt'}", "--task=arithmetic", *flags])
+    assert results(tmp_path)["arithmetic"]["problems"] == 2
+    assert "arithmetic: 2 held-out problems, 2 samples of each" in capsys.readouterr().out
+    tasks = [line["task"] for line in read(tmp_path, "samples.jsonl")]
+    assert tasks[:4] == ["arithmetic"] * 4 and set(tasks) == set(data.TASKS) - {"file"}
+
+
+def test_what_was_evaluated_before_stays_in_the_results(finished, tmp_path):
+    (tmp_path / "eval.json").write_text(json.dumps({"file": {"pass@1": 0.5}}))
+    _, model, tok, cfg = sample.open_checkpoint({}, str(finished / "zero" / "ckpt.pt"))
+    sample.evaluate_tasks(model, tok, cfg, str(tmp_path))
+    assert results(tmp_path)["file"] == {"pass@1": 0.5}
+    assert results(tmp_path)["countdown"] == results(finished / "zero")["countdown"]
+
+
+# ------------------------------------------------------------------------------- rejection sampling
+
+
+def no_x(problem, text):
+    return "x" not in text
+
+
+def short(problem, text):
+    return len(text) < 3
+
+
+def length(problem, text):
+    return len(text)
+
+
+def test_rejection_sampling_keeps_the_first_that_passes_every_filter():
+    filters = {"no x": no_x, "short": short}
+    texts = [["x", "aaa", "a", "b"], ["xx", "x", "x", "aaa"], ["b", "a", "x", "x"]]
+    rows, passed = sample.rejection_sample([1, 2, 3], texts, filters)
+    assert rows == [(1, "a"), (3, "b")]
+    assert list(passed.items()) == [("no x", 3 + 1 + 2), ("short", 2 + 0 + 2)]
+
+
+def test_with_a_rank_it_keeps_the_highest_and_then_the_better_half():
+    texts = [["a", "bb"], ["c", "d"], ["ee", "fff"], ["g"], ["x"]]
+    rows, passed = sample.rejection_sample([1, 2, 3, 4, 5], texts, {"no x": no_x}, length)
+    assert rows == [(3, "fff"), (1, "bb")] and passed["no x"] == 7  # of four, two
+
+
+def test_of_equal_ranks_the_earlier_sample_and_problem_are_kept():
+    texts = [["a", "b"], ["c", "d"], ["e", "f"]]
+    rows, _ = sample.rejection_sample([1, 2, 3], texts, {}, length)
+    assert rows == [(1, "a"), (2, "c")]  # half of three is two
+
+
+def test_if_nothing_passes_there_are_no_rows():
+    assert sample.rejection_sample([1], [["x"]], {"no x": no_x}) == ([], {"no x": 0})
+    assert sample.rejection_sample([1], [["x"]], {"no x": no_x}, length)[0] == []
+
+
+# ---------------------------------------------------------------------------------------- win rates
+
+
+def chats(golds):
+    return [{"task": "chat", "prompt": f"q{i}", "completion": str(gold), "gold_reward": gold}
+            for i, gold in enumerate(golds)]
+
+
+def test_an_answer_is_compared_with_dev3s_to_the_same_request(tmp_path, monkeypatch):
+    class Judge:
+        """Prefers what gold reward does not."""
+        def score(self, tok, prompts, texts):
+            return [-float(text) for text in texts]
+
+    (tmp_path / "reward_model").mkdir()
+    (tmp_path / "reward_model" / "ckpt.pt").write_text("")
+    theirs = [{"task": "countdown", "prompt": "make"}, *chats([1, 2, 3, 4])]
+    sample.write_lines(str(tmp_path / "dev3" / "samples.jsonl"), theirs)
+    monkeypatch.setattr(sample, "load_model", lambda path, **others: Judge())
+
+    def win_rates(samples, folder=tmp_path):
+        return sample.win_rates(samples, None, str(folder))
+
+    mine = [{"task": "countdown", "prompt": "make"}, *chats([2, 2, 4, 3])]
+    rates = {"gold": 2.5 / 4, "reward_model": 1.5 / 4}
+    assert win_rates(mine) == {"win_rate": rates}
+    assert win_rates(chats([1, 2])) == {} == win_rates([])  # other requests, or none
+    assert win_rates(mine, tmp_path / "elsewhere") == {}  # no dev3 there
+    (tmp_path / "reward_model" / "ckpt.pt").unlink()
+    assert win_rates(mine) == {}
+
+
+# ------------------------------------------------------------------------- settings and checkpoints
+
+
+def test_settings_reach_their_group_and_others_are_left_out():
+    cfg = sample.Config.of({"task": "logic", "w_format": 2.0, "group_size": 3, "seed": 7, "x": 1})
+    assert (cfg.data.task, cfg.rewards.w_format) == ("logic", 2.0)
+    assert (cfg.grpo.group_size, cfg.sample.seed) == (3, 7)
+    assert sample.Config.of(cfg.settings()) == cfg and "x" not in cfg.settings()
+
+
+def test_no_two_groups_have_a_setting_of_the_same_name():
+    names = [name for group in asdict(train.Config()).values() for name in group]
+    assert len(set(names)) == len(names)
+
+
+def test_every_setting_that_is_out_of_bounds_is_refused_by_name():
+    for group in fields(train.Config):
+        cls = group.default_factory
+        validate(cls())
+        for f in fields(cls):
+            for word, step in (("least", -1), ("most", 1), ("above", 0)):
+                bound = f.metadata[word]
+                if bound is not None:
+                    with pytest.raises(UserError, match=f.name):
+                        validate(cls(**{f.name: bound + step}))
+            if f.metadata["choices"]:
+                with pytest.raises(UserError, match=f.name):
+                    validate(cls(**{f.name: "nonsense"}))
+
+
+def test_a_device_that_is_not_there_is_refused_by_name(monkeypatch):
+    assert sample.find_device("cpu").type == "cpu"
+    for name in ("abacus", "cuda:x", "cpu:1", "cuda:99", ""):
+        with pytest.raises(UserError, match=f"device='{name}'"):
+            sample.find_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert sample.find_device("auto") == torch.device("cuda")
+    assert sample.find_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="cuda:2.*finds 2 GPUs"):
+        sample.find_device("cuda:2")
+
+
+def test_bfloat16_is_automatic_on_a_gpu_alone():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [sample.use_bf16("auto", device) for device in (cpu, cuda)] == [False, True]
+    for setting in ("on", "bfloat16"):
+        assert sample.use_bf16(setting, cpu)
+    for setting in ("off", "float32"):
+        assert not sample.use_bf16(setting, cuda)
+
+
+def test_a_checkpoint_opens_with_its_own_settings_unless_others_are_given(finished):
+    path = str(finished / "zero" / "ckpt.pt")
+    for given, where in (({"ckpt": path}, ""), ({}, path), ({"out_dir": str(finished)}, "")):
+        opened, _, _, cfg = sample.open_checkpoint(given, where)
+        assert opened == path and cfg.grpo.max_new_tokens == 12
+    given = {"ckpt": path, "max_new_tokens": 5}
+    assert sample.open_checkpoint(given)[3].grpo.max_new_tokens == 5
+    with pytest.raises(UserError, match="max_new_tokens"):
+        sample.open_checkpoint({**given, "max_new_tokens": 0})
+
+
+def test_a_checkpoint_trained_on_another_machine_opens_on_this_one(finished, tmp_path):
+    state = torch.load(finished / "zero" / "ckpt.pt", weights_only=True)
+    state["settings"] |= {"device": "cuda:7", "threads": 64}
+    torch.save(state, tmp_path / "ckpt.pt")
+    cfg = sample.open_checkpoint({}, str(tmp_path / "ckpt.pt"))[3]
+    assert (cfg.sample.device, cfg.sample.threads) == ("auto", 0)
+
+
+def test_a_reward_model_gives_no_answers(tmp_path):
+    model = rewards.RewardModel(GPTConfig(n_layer=1, n_embd=16, n_head=2, head_dim=8))
+    path = str(tmp_path / "ckpt.pt")
+    save_checkpoint(path, {"stage": "reward_model", "model": model.state_dict(),
+                           "model_config": asdict(model.cfg)})
+    with pytest.raises(UserError, match="reward model"):
+        sample.open_checkpoint({}, path)
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def ask(finished, capsys, *argv):
+    """What sample.py prints about the checkpoint of zero."""
+    capsys.readouterr()
+    sample.main([f"--ckpt={finished / 'zero' / 'ckpt.pt'}", "--max_new_tokens=12", *argv])
+    return capsys.readouterr().out
+
+
+def test_sample_shows_thinking_answer_and_score(finished):
+    done = command(f"--ckpt={finished / 'zero' / 'ckpt.pt'}", "--numbers=3,7,2", "--target=20",
+                   "--max_new_tokens=12", "--n=2", script="sample.py")
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.count("make 20 from 2, 3 and 7") == 2
+    assert done.stdout.count("accuracy 0") == done.stdout.count("scores") == 2
+
+
+def test_the_same_seed_shows_the_same_samples(finished, capsys):
+    assert ask(finished, capsys) == ask(finished, capsys) != ask(finished, capsys, "--seed=2")
+    assert ask(finished, capsys).count("--- make") == 4
+
+
+def test_another_task_can_be_asked(finished, capsys):
+    shown = ask(finished, capsys, "--task=arithmetic", "--n=2", "--temperature=0")
+    assert shown.count("--- what is") == 2
+
+
+def test_two_checkpoints_are_shown_side_by_side(finished, capsys):
+    shown = ask(finished, capsys, f"--vs={finished / 'base' / 'ckpt.pt'}", "--n=2")
+    assert shown.count("--- make") == 2 and shown.count("accuracy 0") == 4
+    assert "\033" not in shown  # no colours where nobody looks
+    first = shown.splitlines()[0].split()
+    assert first[0].endswith("zero/ckpt.pt") and first[1].endswith("base/ckpt.pt")
+
+
+def test_checkpoints_of_different_tasks_are_not_shown_side_by_side(finished, tmp_path, capsys):
+    state = torch.load(finished / "zero" / "ckpt.pt", weights_only=True)
+    state["settings"]["task"] = "logic"
+    torch.save(state, tmp_path / "ckpt.pt")
+    argv = [f"--ckpt={finished / 'zero' / 'ckpt.pt'}", f"--vs={tmp_path / 'ckpt.pt'}"]
+    assert "trained on different problems" in refusal(sample.main, argv, capsys)
+    sample.main([*argv, "--task=logic", "--max_new_tokens=4"])
+
+
+def test_what_a_model_says_cannot_control_the_terminal():
+    text = "<think>\033[2J\r\x07</think><answer>3+7</answer>"
+    shown = "".join(line for _, line in sample.render(ADD, text))
+    assert "\033" not in shown and "\r" not in shown and "\x07" not in shown and "3+7" in shown
+
+
+def test_thinking_is_dim_and_an_answer_green_or_red():
+    for answer, style in (("3+7", "right"), ("3*7", "wrong")):
+        text = f"<think>\nhm\n</think>\n<answer>{answer}</answer>"
+        assert sample.render(ADD, text, ["accuracy", "format"]) == [
+            ("plain", "thinking"), ("dim", "    hm"), ("plain", "answer"), (style, f"    {answer}"),
+            ("plain", "scores"), ("plain", f"    accuracy {int(style == 'right')}  format 1")]
+    assert ("dim", "    (none)") in sample.render(ADD, "<think>\n</think>\n<answer>3+7</answer>")
+    assert sample.render(ADD, "a\nb")[:2] == [("plain", "a"), ("plain", "b")]
+    assert sample.render(ADD, "")[0] == ("plain", "(nothing)")
+
+
+def test_colours_are_for_terminals(monkeypatch):
+    assert sample.paint("right", "x") == "x"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert sample.paint("right", "x") == "\033[1;32mx\033[0m" and sample.paint("plain", "x") == "x"
+
+
+def test_text_is_fitted_to_columns_of_which_a_chinese_sign_takes_two():
+    assert sample.fit("不对 x", 5) == "不对 " and sample.fit("不对", 3) == "不 "
+    assert sample.fit("ab", 4) == "ab  " and sample.fit("abc", 2) == "ab"
+    assert sample.fit("e\u0301x", 2) == "e\u0301x"
+
+
+def test_a_prompt_longer_than_the_context_is_refused_in_one_line(finished, capsys):
+    argv = [f"--ckpt={finished / 'zero' / 'ckpt.pt'}", f"--numbers={','.join('7' * 100)}",
+            "--target=20"]
+    assert "context" in refusal(sample.main, argv, capsys)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--ckpt=/nowhere/ckpt.pt"], ["/nowhere/ckpt.pt"]),
+    (["--numbers=3,x", "--target=3"], ["numbers"]),
+    (["--numbers=3,7"], ["target"]),
+    (["--target=3"], ["numbers"]),
+    (["--n=0"], ["n=0"]),
+    (["--max_new_tokens=-1"], ["max_new_tokens=-1"]),
+    (["--temperature=-1"], ["temperature=-1"]),
+    (["--temperature=hot"], ["temperature", "hot"]),
+    (["--task=chess"], ["chess", "countdown"]),
+    (["--device=abacus"], ["abacus"]),
+    (["--what"], ["--what"])])
+def test_bad_input_to_sample_is_one_line_and_exit_code_2(finished, argv, words, capsys):
+    argv = [f"--ckpt={finished / 'zero' / 'ckpt.pt'}", *argv]
+    err = refusal(sample.main, argv, capsys)
+    assert err.startswith("sample.py: ") and all(word in err for word in words), err
+
+
+def test_the_script_ends_with_that_code_and_that_line():
+    done = command("--ckpt=/nowhere/ckpt.pt", script="sample.py")
+    assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as e:
+        sample.main(["--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0
+    assert all(f"--{f.name} " in text for f in fields(sample.AskConfig))
