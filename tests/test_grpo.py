@@ -675,7 +675,8 @@ def test_every_step_is_logged_and_every_tenth_leaves_a_group_to_read(tiny, learn
     assert [line["step"] for line in lines] == [1, 1, 11, 11]
     written = learnt_from[0][0] + learnt_from[10][0]
     for line, s in zip(lines, written, strict=True):
-        assert line["text"] == s.text and line["reward"] == s.reward and line["adv"] == s.adv
+        assert line["text"] == s.text and line["reward"] == s.reward
+        assert line["advantage"] == s.adv and line["problem"] == str(s.problem)
         assert line["accuracy"] == s.parts["accuracy"]
 
 

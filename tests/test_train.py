@@ -197,12 +197,13 @@ def test_the_first_group_of_every_tenth_step_can_be_read_and_survives_a_resume(
     found = read(tmp_path / "whole" / "zero", "rollouts.jsonl")
     assert [line["step"] for line in found] == [1] * 3 + [11] * 3  # three samples in a group
     for line in found:
-        assert set(line) == {"step", "text", "reward", "accuracy", "format", "language", "adv"}
+        assert set(line) == {"step", "problem", "text", "reward", "accuracy", "format",
+                             "language", "advantage"}
         assert line["format"] == rewards.has_format(line["text"])
         parts = line["accuracy"] + 0.5 * line["format"] + line["language"]
         assert line["reward"] == pytest.approx(parts, abs=1e-5)
     given = torch.tensor([line["reward"] for line in found]).view(2, 3)
-    adv = torch.tensor([line["adv"] for line in found]).view(2, 3)
+    adv = torch.tensor([line["advantage"] for line in found]).view(2, 3)
     assert torch.allclose(adv, group_advantages(given), atol=1e-4) and adv.any()
 
 
