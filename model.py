@@ -36,7 +36,7 @@ def opt(default, help, least=None, most=None, above=None, choices=None):
 
 
 def validate(cfg):
-    """Raises UserError naming a setting out of its bounds, or several that break the `rules`."""
+    """Raises UserError naming a setting that is out of bounds or settings that break `rules`."""
     for f in fields(cfg):
         value, choices = getattr(cfg, f.name), f.metadata["choices"]
         if choices and value not in choices:
@@ -57,8 +57,8 @@ def pick(cls, settings):
 
 
 def generators(*key):
-    """A Python and a torch generator made from (seed, stage, step), say, and nothing else, so that
-    a resumed run draws what an uninterrupted one would have."""
+    """A Python and a torch generator that follow from `key` alone, such as (seed, stage, step): a
+    resumed run draws what an uninterrupted one would have."""
     rng = random.Random("/".join(map(str, key)))
     return rng, torch.Generator().manual_seed(rng.getrandbits(60))
 
@@ -280,9 +280,9 @@ class PrefillCache:
 
 
 class StaticDecoder:
-    """Decoding steps as CUDA graphs, so that the GPU need not wait for Python. A graph's shapes are
-    fixed: attention reads a multiple of 128 columns, the unwritten ones hidden, and a graph is
-    captured anew when these are used up or rows were dropped. On a CPU: the same without graphs."""
+    """Decoding as a CUDA graph, so that the GPU need not wait for Python. Its shapes are fixed:
+    attention reads a multiple of 128 columns, the unwritten ones hidden, and a new graph is captured
+    when these are used up or rows were dropped. On a CPU: the same without graphs."""
 
     def __init__(self, model, caches):
         self.model, self.caches, self.shape = model, caches, None
@@ -296,8 +296,8 @@ class StaticDecoder:
             self.shape, self.inputs = (len(token), end), [x.clone() for x in inputs]
             self.visible = visible[..., :end] if visible is not None else None
             self.capture()
-        for static, x in zip(self.inputs, inputs, strict=True):
-            static.copy_(x)
+        for fixed, x in zip(self.inputs, inputs, strict=True):  # a graph reads fixed addresses
+            fixed.copy_(x)
         self.replay()
         return self.logits
 
@@ -324,7 +324,7 @@ class StaticDecoder:
 
 def sample_token(logits, temperature, u):
     """Logits (n, vocab) -> tokens (n,) where the CDF passes u (n,) in [0, 1), log-probs (n,).
-    Temperature 0 takes the likeliest, with its log-prob at temperature 1."""
+    Temperature 0 takes the likeliest token, with its log-prob at temperature 1."""
     p = F.softmax(logits.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
         token = p.argmax(-1, keepdim=True)
@@ -383,7 +383,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     stop = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
     new = torch.zeros(N, max_new_tokens, device=device, dtype=torch.long)
     new_logp = torch.zeros(N, max_new_tokens, device=device)
-    rows = torch.arange(N, device=device)  # those still being decoded, and whether they said stop
+    rows = torch.arange(N, device=device)  # the rows still being decoded, and which of them ended
     stopped = torch.zeros(N, device=device, dtype=torch.bool)
     for t in range(max_new_tokens):
         token, logp = sample_token(logits, temperature, u[t, rows])
@@ -408,7 +408,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
             mask = visible[..., :L + t + 1] if visible is not None else None
             logits = model.head(model.trunk(token[:, None], position, caches, mask)[:, -1])
 
-    # ---- Collect: what each row said up to its first end token
+    # ---- Collect: what each row said up to its first end token, which belongs to it
     is_end = torch.isin(new, stop)
     new_lens = (is_end.cumsum(1) - is_end.int() == 0).sum(1).tolist()
     ids, logps, truncated = new.tolist(), new_logp.cpu(), (~is_end.any(1)).tolist()
@@ -435,7 +435,8 @@ def sync_weights(sampler, model):
 
 def token_logps(model, tokens, temperature=1.0, mask=None, chunk_floats=2**24):
     """log p(tokens[:, t+1] | tokens[:, :t+1]) at `temperature`: tokens (N, T) -> (N, T-1), fp32; 0
-    where `mask` (N, T-1) is False. Only `chunk_floats` logits exist at a time, in backward, too."""
+    where `mask` (N, T-1) is False. At most `chunk_floats` logits exist at a time: the backward pass
+    computes them again."""
     h, target = model.hidden(tokens[:, :-1]), tokens[:, 1:]
     mask = torch.ones_like(target, dtype=torch.bool) if mask is None else mask.bool()
 
@@ -473,7 +474,7 @@ def set_lr(optimizers, lr):
 
 def apply_gradients(model, optimizers, max_norm):
     """Clips the gradients, takes a step and clears them -> (their norm, 1 if the step was skipped,
-    else 0). It is skipped if they are not finite: it would leave nothing but NaN."""
+    else 0), as it is if they are not finite: it would leave nothing but NaN."""
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
     finite = math.isfinite(grad_norm)
     for optimizer in optimizers:
@@ -561,7 +562,7 @@ FIELDS = {  # of GPTConfig: their names in config.json
 LLAMA3_FIELDS = {"rope_factor": "factor", "rope_low": "low_freq_factor",
                  "rope_high": "high_freq_factor",
                  "rope_original": "original_max_position_embeddings"}
-ALLOWED = {  # what config.json may say of what is done in one way here
+ALLOWED = {  # values that this transformer can deal with; None: not given
     "model_type": ("llama", "qwen2", "qwen3"), "hidden_act": (None, "silu"),
     "rope_type": (None, "default", "llama3"), "type": (None, "default", "llama3"),
     "partial_rotary_factor": (None, 1), "rope_interleaved": (None, False),
@@ -637,7 +638,7 @@ def hf_name(name):
 
 def read_safetensors(path):
     """{name: tensor} of a safetensors file, each a view of the mapped file: nothing is read before
-    it is used. Raises UserError on anything but a complete file of fp32, fp16 and bf16 tensors."""
+    it is used. Raises UserError on a damaged file and on types other than DTYPES."""
     def unique(pairs):
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a name occurs twice")
@@ -668,7 +669,7 @@ def read_folder(folder):
         return read_safetensors(path)
     with reading(index, "an index of the tensors in this folder"):
         weight_map = read_json(index)["weight_map"]
-        files = set(weight_map.values()) & set(os.listdir(folder))  # of this folder, no path
+        files = set(weight_map.values()) & set(os.listdir(folder))  # plain names, no paths
         shards = {file: read_safetensors(os.path.join(folder, file)) for file in files}
         return {name: shards[file][name] for name, file in weight_map.items()}
 
@@ -702,8 +703,8 @@ def from_pretrained(folder, context=0, dtype=torch.float32, device="cpu"):
 
 
 def save_pretrained(model, folder, source="", dtype=None):
-    """Writes model.safetensors in `dtype` (None = as the weights are) and config.json. With
-    `source`, the folder the weights came from, its config and tokenizer files come along."""
+    """Writes model.safetensors in `dtype` (None = as the weights are) and config.json. From
+    `source`, the folder that the weights came from, config and tokenizer files are copied."""
     dtype = dtype or model.embed.weight.dtype
     tensors = {hf_name(name): p.detach().to(dtype) for name, p in model.named_parameters()}
     hf = read_json(os.path.join(source, "config.json")) if source else config_to_hf(model.cfg)
@@ -711,7 +712,7 @@ def save_pretrained(model, folder, source="", dtype=None):
     hf.pop("dtype", None)  # transformers 5's word for it
     os.makedirs(folder, exist_ok=True)
     for file in os.listdir(source) if source else []:
-        if file.endswith((".json", ".txt", ".jinja")) and not file.endswith("index.json"):
+        if file.endswith((".json", ".txt", ".jinja")) and not file.endswith(".index.json"):
             shutil.copyfile(os.path.join(source, file), os.path.join(folder, file))
     name_of = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
