@@ -51,7 +51,9 @@ class DataConfig:
             raise UserError(f"ops={self.ops!r} must be some of + - * /, and not / alone")
         if self.shots and self.template == "toy":
             raise UserError(f"shots={self.shots} needs another template than toy")
-        if self.task == "file":
+        if self.task == "file" and not self.data:
+            raise UserError("task=file needs --data=FILE")
+        if self.data:
             file_problems(self.data)
         for name, share in self.shares().items():
             if name not in TASKS or name == "file" and not self.data or not share:

@@ -1,8 +1,13 @@
 """The DeepSeek-R1 pipeline on a laptop: this file turns the others into runs.
 
-    base → zero → dev1 → dev2 → dev3 → reward_model → r1, and small_base → distill, small_zero
-
-are its stages in the paper's order. What each starts from and learns from is in the table STAGES.
+    base ──── GRPO: accuracy, format ────────────────────► zero          DeepSeek-R1-Zero
+    base ──── SFT: zero's most readable right traces ────► dev1          cold start
+    dev1 ──── GRPO: + one language ──────────────────────► dev2          reasoning RL
+    base ──── SFT: dev2's right traces, other replies ───► dev3          rejection sampling
+    dev3 ──── Bradley-Terry on pairs of its answers ─────► reward_model
+    dev3 ──── GRPO: + preference, harmlessness ──────────► r1            RL for all scenarios
+    small_base ─ SFT: r1's samples ──────────────────────► distill       distillation, beside it
+    small_base ─ GRPO: accuracy, format ─────────────────► small_zero    the small model, RL alone
 
     python train.py                         # base, then zero, then a table that compares them
     python train.py r1 distill small_zero   # everything; what is finished is not run again
@@ -22,6 +27,7 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -114,6 +120,9 @@ def stage_config(stage, given, tok):
             raise UserError(f"{', '.join(shape)} cannot be set: {folder} has its own shape")
         model = config_from_hf(read_json(os.path.join(folder, "config.json")))
         cfg.model = replace(model, context=min(model.context, cfg.model.context))
+    elif cfg.train.base_length > cfg.model.context:
+        raise UserError(f"base_length={cfg.train.base_length} does not fit the context of "
+                        f"{cfg.model.context}: lower it or raise --context")
     if cfg.model.vocab_size < tok.n_vocab:
         raise UserError(f"vocab_size={cfg.model.vocab_size}: the tokenizer has {tok.n_vocab} ids")
     return cfg
@@ -554,11 +563,14 @@ def run_stage(name, given):
         print(f"{name}: done ({run.path('ckpt.pt')}, {run.saved['step']} steps)")
     else:
         print(f"{name}: {run.steps} steps on {run.device}, into {run.dir}")
-        signal.signal(signal.SIGINT, run.stop_after_step)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread:  # elsewhere Python allows no handlers
+            signal.signal(signal.SIGINT, run.stop_after_step)
         try:
             model, evaluated = run.stage.train(run), False
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            if in_main_thread:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
         plot_curves(run.dir)
     if not evaluated:
         model = model or run.load(name, RewardModel if is_rm else GPT)
@@ -705,8 +717,11 @@ COMMANDS = {"eval": run_eval, "export": run_export, "table": run_table}
 
 def parse(argv):
     """Command line -> (stages or a command, {setting: value} as given)."""
+    own = [f"  {name}: " + ", ".join(f"{key}={value}" for key, value in stage.settings.items())
+           for name, stage in STAGES.items() if stage.settings]
     parser = sample.Parser("train.py", __doc__, {f.name: f.default_factory for f in fields(Config)},
-                           usage="python train.py [STAGE ...] [--setting=value ...]")
+                           usage="python train.py [STAGE ...] [--setting=value ...]",
+                           epilog="What stages set for themselves:\n" + "\n".join(own))
     choices = f"{', '.join(STAGES)} (default zero), or a command: {', '.join(COMMANDS)}"
     parser.add_argument("words", nargs="*", metavar="STAGE", help=choices)
     given = vars(parser.parse_args(argv))
@@ -717,6 +732,20 @@ def parse(argv):
     return words, given
 
 
+def print_next(run, results):
+    """Where everything lies, and what a newcomer may want to do with it."""
+    cfg, out_dir = run.cfg, run.cfg.sample.out_dir
+    print(f"{run.dir} holds the checkpoint, its log (metrics.jsonl), rollouts (rollouts.jsonl), "
+          f"the evaluation (eval.json) and its samples (samples.jsonl). Next:")
+    base = os.path.join(out_dir, "base", "ckpt.pt")
+    vs = f" --vs={base}" if run.name != "base" and os.path.exists(base) else ""
+    print(f"    python sample.py --ckpt={run.path('ckpt.pt')}{vs}")
+    if not results["r1"] and not cfg.sample.init_from:
+        task = "" if cfg.data.task == DataConfig.task else f" --task={cfg.data.task}"
+        print(f"    python train.py r1 distill small_zero{task} --seed={run.seed} "
+              f"--out_dir={out_dir}")
+
+
 def main(argv):
     words, given = parse(argv)
     with sample.one_line_errors("train.py", given.get("out_dir", SampleConfig.out_dir)):
@@ -724,8 +753,9 @@ def main(argv):
             return COMMANDS[words[0]](given)
         for name in resolve_dependencies(words):
             run = run_stage(name, given)
-        print_tables(all_results(run.cfg.sample.out_dir), run.cfg.data.task)
-        print(f"all of it is in {run.dir}; try: python sample.py --ckpt={run.path('ckpt.pt')}")
+        results = all_results(run.cfg.sample.out_dir)
+        print_tables(results, run.cfg.data.task)
+        print_next(run, results)
 
 
 if __name__ == "__main__":

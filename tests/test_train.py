@@ -585,7 +585,7 @@ def test_no_row_on_the_terminal_is_wider_than_110_columns(whole, tmp_path, lenie
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     for flags in ([], ["--minibatches=2"]):
-        for stage in ("zero", "r1"):
+        for stage in ("zero", "dev2", "r1"):
             shutil.rmtree(out / stage)
         run(out, "zero", "r1", tiny=[*PIPELINE, *flags])
         printed = capsys.readouterr().out
