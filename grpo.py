@@ -1,39 +1,47 @@
-"""Group Relative Policy Optimization (GRPO), arXiv 2402.03300: how DeepSeek-R1-Zero was trained.
+"""Group Relative Policy Optimization (GRPO; DeepSeekMath, arXiv 2402.03300), the algorithm behind
+DeepSeek-R1-Zero (arXiv 2501.12948).
 
 The words:
     policy       the language model that is being trained
     completion   what it samples after a prompt, token by token, up to its end token
-    rollout      sampling completions from the policy as it is now; also what comes of it
+    rollout      sampling completions from the policy as it is now; also the completions it yields
     group        the G completions of one problem's prompt
-    reward       one number that says how good a completion is; here rules compute it
+    reward       one number that says how good a completion is; rules compute it, and in r1 also a
+                 reward model
     advantage    how much better a completion is than the average of its group
     reference    a frozen copy of the policy from before RL
-    KL           how far the policy has moved away from the reference
+    KL           how far the policy has moved away from the reference (Kullback-Leibler divergence)
 
-Why it works. RL wants a higher expected reward, and the reward has no gradient: it comes from
-text. But the gradient of an expectation over samples can itself be estimated from samples:
+Why it works. RL wants a higher expected reward. The reward itself has no gradient: it is computed
+from sampled text. But with pi(o) the policy's probability of a completion o, the product of those
+of its tokens, the gradient of the expectation can be estimated from samples:
 
     grad E[r] = grad sum_o pi(o) r(o) = sum_o pi(o) r(o) grad log pi(o) = E[r(o) grad log pi(o)]
 
-So sample, and raise each sample's log-prob in proportion to its reward. Subtracting a baseline from
-the reward leaves this expectation as it is and takes away most of its noise. PPO trains a second
-network to guess a good baseline; GRPO takes the mean of the group.
+So sample, and push each sample's log-probs up in proportion to its reward. A baseline that does
+not depend on the sample can be subtracted from the reward: the expectation stays, and the noise
+becomes less. PPO, the usual algorithm before it, trains a second network to guess a baseline; GRPO
+takes the mean of the group.
 
-For every problem q sample o_1 ... o_G from the policy pi_old and reward them with r_1 ... r_G. Then
+For every problem q sample o_1 ... o_G from the policy as it is now, pi_old, and reward them with
+r_1 ... r_G. All tokens o_t of a completion have its advantage A. Then
 
-    A_i   = (r_i - mean(r)) / std(r)                                       over the group        (1)
-    rho_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)                      of each token         (2)
-    L_t   = -min(rho_t A_i, clip(rho_t, 1 - eps_low, 1 + eps_high) A_i)                          (3)
-    kl_t  = pi_ref/pi - log(pi_ref/pi) - 1                                 of each token, >= 0   (4)
-    loss  = mean over completions of the mean over their tokens of  L_t + beta kl_t              (5)
+    A     = (r - mean(r)) / std(r)                                  over the group            (1)
+    rho_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)               the ratio of a token      (2)
+    L_t   = -min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A)                           (3)
+    kl_t  = pi_ref/pi - log(pi_ref/pi) - 1                          of a token, >= 0          (4)
+    loss  = mean over completions of the mean over their tokens of  L_t + beta kl_t           (5)
 
-The gradient of rho_t at pi = pi_old is that of log pi, so (3) is the identity above; the clip
-stops a token once it has moved by eps, which can only happen when a rollout is used for several
-steps.
+Where pi = pi_old the gradient of rho_t is that of log pi, so (3) has the form of the identity
+above. It is not exactly grad E[r]: the mean holds r itself, dividing by the std weights problems
+unequally, and the mean over a completion's own tokens weights completions unequally (Dr. GRPO,
+arXiv 2503.20783, does without the last two). The clip stops pushing a token once its ratio has
+moved by eps in the direction that A asks for. beta keeps the policy near the reference while it
+chases the reward.
 
 Read on in the order in which the code runs: settings, `train_grpo` (the loop), then what it calls:
 `group_advantages` (1), `update_policy`, `grpo_loss` (2)-(5). Token ids only: `env`, which train.py
-hands in, draws problems, turns ids into text, and rewards texts.
+hands in, draws problems, turns ids into text, and rewards it.
 """
 import time
 from collections import Counter
@@ -61,11 +69,11 @@ from model import (
 @dataclass
 class GRPOConfig:
     rl_steps: int = opt(60, "GRPO steps", least=1)
-    rl_lr: float = opt(1e-3, "learning rate of GRPO", above=0, most=1)
+    rl_lr: float = opt(5e-4, "learning rate of GRPO", above=0, most=1)
     rl_warmup: int = opt(5, "steps in which it rises to that", least=1)
-    rl_hold: int = opt(15, "step after which it falls as 1/sqrt(step)", least=1)
-    rl_optimizer: str = opt("muon", "muon: for matrices, AdamW for the rest; adamw: for everything",
-                            choices=("muon", "adamw"))
+    rl_hold: int = opt(15, "step after which it falls as 1/sqrt(step); 0: it stays", least=0)
+    rl_optimizer: str = opt("adamw", "adamw, or muon: for matrices, AdamW for the rest",
+                            choices=("adamw", "muon"))
     eval_every: int = opt(20, "GRPO steps between short evaluations; 0: none", least=0)
     prompts_per_step: int = opt(16, "P, problems per step", least=1)
     group_size: int = opt(16, "G, completions sampled for each problem", least=1)
@@ -76,6 +84,9 @@ class GRPOConfig:
     clip_low: float = opt(0.2, "eps_low: the ratio is clipped below at 1 - this", least=0, most=1)
     clip_high: float = opt(0.2, "eps_high: ... and above at 1 + this (DAPO: 0.28)", least=0)
     kl_coef: float = opt(0.001, "beta, weight of the KL to the reference; 0: no reference", least=0)
+    kl_loss: str = opt("k3", "k3: equation (4) (GRPO); k3_ratio: k3 times the ratio, whose "
+                       "gradient is that of KL(pi || pi_ref) (DeepSeek-V3.2)",
+                       choices=("k3", "k3_ratio"))
     loss_norm: str = opt("sequence", "sequence: mean over completions of token means (GRPO); "
                          "token: token-level mean (DAPO); constant: sum over tokens / "
                          "(completions x max_new_tokens) (Dr. GRPO)",
@@ -84,7 +95,8 @@ class GRPOConfig:
     minibatches: int = opt(1, "optimiser steps per pass", least=1)
     mask_truncated: bool = opt(False, "truncated completions are left out of the loss, though not "
                                "out of the baseline")
-    dynamic_sampling: int = opt(0, "times to replace zero-variance groups per step (DAPO)",
+    dynamic_sampling: int = opt(0, "extra rounds, at most, that replace groups whose rewards are "
+                                "all equal (DAPO)",
                                 least=0, most=1000)
     ref_every: int = opt(0, "steps between copies of the policy into the reference; 0: none",
                          least=0)
@@ -119,21 +131,22 @@ class Sample(Completion):
 
 def train_grpo(policy, ref, env, run, cfg):
     """Trains `policy` in place. `ref` is the reference, None if cfg.kl_coef is 0. `env` has
-    draw(rng) -> (problem, its prompt's ids), decode(ids) -> text, reward(problems, texts) ->
-    (rewards, a dict of parts for each) and stop_ids. `run` resumes, logs, evaluates and saves."""
+    draw(rng) -> (problem, its prompt's ids), decode(ids) -> text, reward(samples) -> (rewards, a
+    dict of parts for each) and stop_ids. `run` resumes, logs, evaluates and saves."""
     P, G = cfg.prompts_per_step, cfg.group_size
     optimizers = make_optimizers(policy, cfg.rl_lr, cfg.rl_optimizer)
     start = run.resume(policy, optimizers, ref)
-    sampler = sampling_copy(policy, run.sample_dtype)  # the policy itself; on a GPU, in bfloat16
+    sampler = sampling_copy(policy, run.sample_dtype)  # the policy itself, or a copy in bfloat16
     steps = range(start, cfg.rl_steps)
     for step in tqdm(steps, run.name, cfg.rl_steps, initial=start, disable=None):
         t0 = time.time()
-        rng, generator = generators(run.seed, run.name, step)
-        decay = (cfg.rl_hold / (step + 1)) ** 0.5
+        rng, generator = generators(run.seed, run.name, step)  # so a resumed run draws the same
+        decay = (cfg.rl_hold / (step + 1)) ** 0.5 if cfg.rl_hold else 1.0
         set_lr(optimizers, cfg.rl_lr * min((step + 1) / cfg.rl_warmup, 1.0, decay))
         sync_weights(sampler, policy)
 
         sampled, groups = [], []  # all groups of this step, and those that it learns from
+        # Once by default. Dynamic sampling drops groups that teach nothing and draws others.
         for _ in range(1 + cfg.dynamic_sampling):
             groups = [group for group in groups if any(sample.adv for sample in group)]
             if len(groups) == P:
@@ -148,8 +161,7 @@ def train_grpo(policy, ref, env, run, cfg):
                        for i, completion in enumerate(completions)]
 
             # ---- Reward: rules read the text; what comes back are numbers without a gradient
-            rewards, parts = env.reward([sample.problem for sample in samples],
-                                        [sample.text for sample in samples])
+            rewards, parts = env.reward(samples)
 
             # ---- Advantage: each completion against its own group, equation (1)
             by_group = torch.tensor(rewards, dtype=torch.float64).view(-1, G)
@@ -184,7 +196,7 @@ def group_advantages(rewards, adv_norm="std"):
     std = rewards.std(dim=1, keepdim=True, correction=0)
     scale = rewards.abs().amax(dim=1, keepdim=True).clamp(min=1)
     adv = centred / std if adv_norm == "std" else centred
-    return torch.where(std <= 1e-6 * scale, 0.0, adv).float()  # or rounding would be blown up to 1
+    return torch.where(std <= 1e-6 * scale, 0.0, adv).float()  # rounding must not be blown up
 
 
 # ------------------------------------------------------------------------------------------------
@@ -193,10 +205,10 @@ def group_advantages(rewards, adv_norm="std"):
 
 def update_policy(policy, ref, optimizers, groups, cfg, generator):
     """Learns from a rollout: cfg.inner_epochs times cfg.minibatches optimiser steps -> metrics,
-    each averaged over all of these steps and not only the last micro-batch."""
+    each averaged over all of these steps."""
     samples = [sample for group in groups for sample in group]
     device, n_steps = next(policy.parameters()).device, cfg.inner_epochs * cfg.minibatches
-    total = Counter(loss=0.0, ratio=0.0, kl=0.0, clip=0.0, entropy=0.0)  # its update adds
+    total = Counter(dict.fromkeys(("loss", *MEANS), 0.0))  # a Counter, because its update adds
     for _ in range(cfg.inner_epochs):
         order = torch.randperm(len(samples), generator=generator)
         for rows in order.tensor_split(cfg.minibatches):
@@ -223,7 +235,11 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
                 part = share[i:i + n].sum().item()  # of the batch's tokens
                 total.update({name: part * mean for name, mean in means.items()}, loss=loss.item())
                 i += n
-            grad_norm, skipped = apply_gradients(policy, optimizers, cfg.max_grad_norm)
+            # Without any advantage only the KL has a gradient. Momentum and normalisation of AdamW
+            # or Muon would still move the weights, so no step is taken (published GRPO takes it).
+            teaches = any(sample.adv for sample in batch)
+            taken = optimizers if teaches else []
+            grad_norm, skipped = apply_gradients(policy, taken, cfg.max_grad_norm)
             total.update(grad_norm=grad_norm, skipped=skipped)
     return {name: value / n_steps for name, value in total.items()}
 
@@ -253,6 +269,9 @@ def token_weights(n_tokens, N, cfg):
     return 1 / n_tokens.clamp(min=1) / N
 
 
+MEANS = ("ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy")  # over tokens, in `grpo_loss`
+
+
 def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
     """Equations (2)-(5): log-probs and mask (N, T), advantages (N,) -> (loss, metrics as floats,
     means over the mask's tokens). `logp_ref` may be None if cfg.kl_coef is 0. `weights` (N,) are
@@ -263,11 +282,11 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
         weights = token_weights(mask.sum(dim=1), len(mask), cfg)
     weights = (weights.to(mask.device)[:, None] * mask).to(logp.dtype)  # (N, T)
 
-    # (2) At default settings this ratio is 1: the policy is still the one that sampled, and only
-    # the gradient matters. It leaves 1 from the second optimiser step on a rollout on
-    # (inner_epochs, minibatches), and wherever sampling rounds otherwise than training (bfloat16);
-    # dividing by the sampler's own log-probs then corrects for the difference. Padding is set to 0
-    # before exp, or an inf there would survive as inf * 0.
+    # (2) With one optimiser step per rollout in fp32 this ratio is 1 up to rounding, nothing is
+    # clipped, and only the ratio's gradient matters. It moves from the second step on the same
+    # rollout on (inner_epochs, minibatches), and wherever sampling and training round differently
+    # (bfloat16): dividing by the probability that the sampler used corrects for that, token by
+    # token. Padding is set to 0 before exp, or an inf there would survive as inf * 0.
     log_ratio = (logp - logp_old).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
 
@@ -276,22 +295,26 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     policy_loss = -torch.min(ratio * adv, clipped * adv)
 
-    # (4) "k3" (Schulman 2020). On the policy's own samples its value averages to KL(pi || pi_ref),
-    # but its gradient to that of KL(pi_ref || pi): as published, and near pi_ref much the same.
+    # (4) "k3" (Schulman 2020). For one token, over what pi could sample there, its value averages
+    # to KL(pi || pi_ref), but its gradient to that of KL(pi_ref || pi): as published, and near
+    # pi_ref much the same. Times the ratio, value and gradient are both those of KL(pi || pi_ref).
     kl = torch.zeros_like(ratio)
     if logp_ref is not None:
         ref_log_ratio = (logp_ref - logp).masked_fill(~mask, 0.0)
         kl = ref_log_ratio.exp() - ref_log_ratio - 1
+    kl_loss = log_ratio.exp() * kl if cfg.kl_loss == "k3_ratio" else kl
 
     # (5)
-    loss = (weights * (policy_loss + cfg.kl_coef * kl)).sum()
+    loss = (weights * (policy_loss + cfg.kl_coef * kl_loss)).sum()
 
     with torch.no_grad():
-        was_clipped = clipped * adv < ratio * adv  # no gradient from these tokens
-        # -log pi_old of what was sampled is an unbiased estimate of the entropy.
-        values = torch.stack([ratio, kl, was_clipped.to(ratio), -logp_old.to(ratio)])
+        was_clipped = clipped * adv < ratio * adv  # only the KL still has a gradient there
+        sampler_kl = log_ratio.exp() - log_ratio - 1  # k3 again: of sampler and trained policy
+        # -log pi_old of what was sampled estimates the sampler's entropy per token.
+        values = torch.stack([ratio, log_ratio, sampler_kl, kl, was_clipped.to(ratio),
+                              -logp_old.to(ratio)])
         means = values.masked_fill(~mask, 0.0).sum(dim=(1, 2)) / mask.sum().clamp(min=1)
-    return loss, dict(zip(("ratio", "kl", "clip", "entropy"), means.tolist(), strict=True))
+    return loss, dict(zip(MEANS, means.tolist(), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -314,7 +337,8 @@ def log_step(run, step, sampled, update, took, update_s, cfg):
         "step": step, "reward": mean([sample.reward for sample in samples]),
         **{f"reward/{name}": value for name, value in parts.items()}, "length": mean(lengths),
         "truncated": mean([sample.truncated for sample in samples]),
-        "zero_variance": len(same) / len(sampled),  # groups that teach nothing, and of these
+        "zero_variance": len(same) / len(sampled),  # groups that teach nothing, ...
+        # ... and of all groups those that are right, or wrong, throughout.
         "all_right": accuracy.count({1}) / len(sampled),
         "all_wrong": accuracy.count({0}) / len(sampled), **update,
         "tokens_per_s": sum(lengths) / took, "sample_s": took - update_s, "update_s": update_s,

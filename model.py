@@ -246,8 +246,7 @@ class KVCache:
 
     def __init__(self, k, v, columns):
         N, K, _, D = k.shape
-        # Zeros: attention multiplies hidden columns by 0, which would not remove a NaN.
-        self.k, self.v = k.new_zeros(N, K, columns, D), v.new_zeros(N, K, columns, D)
+        self.k, self.v = k.new_empty(N, K, columns, D), v.new_empty(N, K, columns, D)
         self.used, self.static = 0, None
         self.append(k, v)
 
@@ -255,16 +254,21 @@ class KVCache:
         """Writes T more columns -> views of all so far. With `static` = (column (1,), end): writes
         that column -> views of the first `end`, the same work at every step."""
         if self.static:
-            column, end = self.static
+            column, self.used = self.static
+            self.k.index_copy_(2, column, k)
+            self.v.index_copy_(2, column, v)
         else:
-            end = self.used + k.shape[2]
-            column = slice(self.used, end)
-        self.k[:, :, column], self.v[:, :, column], self.used = k, v, end
-        return self.k[:, :, :end], self.v[:, :, :end]
+            start, self.used = self.used, self.used + k.shape[2]
+            self.k[:, :, start:self.used], self.v[:, :, start:self.used] = k, v
+        return self.k[:, :, :self.used], self.v[:, :, :self.used]
 
     def keep(self, rows):
-        """Drops every row but `rows` (a long tensor)."""
-        self.k, self.v = self.k[rows], self.v[rows]
+        """Drops every row but `rows` (a long tensor); the others move up in place, which is faster
+        than a copy of the whole."""
+        n, used = len(rows), self.used
+        self.k[:n, :, :used] = self.k[rows, :, :used]
+        self.v[:n, :, :used] = self.v[rows, :, :used]
+        self.k, self.v = self.k[:n], self.v[:n]
 
 
 class PrefillCache:
@@ -281,20 +285,22 @@ class PrefillCache:
 
 class StaticDecoder:
     """Decoding as a CUDA graph, so that the GPU need not wait for Python. Its shapes are fixed:
-    attention reads a multiple of 128 columns, the unwritten ones hidden, and a new graph is captured
-    when these are used up or rows were dropped. On a CPU: the same without graphs."""
+    attention reads a multiple of 128 columns, hiding the unwritten ones, and a new graph is
+    captured when these are used up or rows were dropped. A CPU does the same without a graph."""
 
     def __init__(self, model, caches):
         self.model, self.caches, self.shape = model, caches, None
+        for cache in caches:  # hidden columns are multiplied by 0 and must not hold a NaN
+            cache.k[:, :, cache.used:], cache.v[:, :, cache.used:] = 0, 0
 
     def __call__(self, token, position, visible, column):
-        """token (n,), position (n, 1), visible (n, 1, 1, columns) or None, the column to write ->
-        logits (n, vocab)."""
+        """token (n,), position (n, 1), visible (n, 1, 1, columns), the column to write -> logits
+        (n, vocab)."""
         end = min((column // 128 + 1) * 128, self.caches[0].k.shape[2])
         inputs = token[:, None], position, torch.full((1,), column, device=token.device)
         if self.shape != (len(token), end):
             self.shape, self.inputs = (len(token), end), [x.clone() for x in inputs]
-            self.visible = visible[..., :end] if visible is not None else None
+            self.visible = visible[..., :end]
             self.capture()
         for fixed, x in zip(self.inputs, inputs, strict=True):  # a graph reads fixed addresses
             fixed.copy_(x)
@@ -304,7 +310,11 @@ class StaticDecoder:
     def capture(self):
         self.replay = self.run
         if self.inputs[0].is_cuda:
-            self.run()  # once outside the graph: libraries set up on first use
+            stream = torch.cuda.Stream()  # once outside the graph: libraries set up on first use
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.run()
+            torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.run()
@@ -312,12 +322,9 @@ class StaticDecoder:
 
     def run(self):
         token, position, column = self.inputs
-        end = self.shape[1]
-        mask = (torch.arange(end, device=token.device) <= column)[None, None, None]
-        if self.visible is not None:
-            mask = mask & self.visible
+        mask = self.visible & (torch.arange(self.shape[1], device=token.device) <= column)
         for cache in self.caches:
-            cache.static = column, end
+            cache.static = column, self.shape[1]
         h = self.model.trunk(token, position, self.caches, mask)
         self.logits = self.model.head(h[:, -1])
 
@@ -374,12 +381,12 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
 
     # ---- Decode: all rows write the same cache column L + t, while each row's position goes on
     # from its own prompt; the columns between a short prompt's end and L stay hidden
-    visible = None
-    if min(lens) < L:
-        columns = torch.arange(L + max_new_tokens, device=device)
-        visible = ((columns < prompt_lens[:, None]) | (columns >= L))[:, None, None]
     use_graphs = device.type == "cuda" if static is None else static
     decoder = StaticDecoder(model, caches) if use_graphs else None
+    visible = None
+    if decoder or min(lens) < L:
+        columns = torch.arange(L + max_new_tokens, device=device)
+        visible = ((columns < prompt_lens[:, None]) | (columns >= L))[:, None, None]
     stop = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
     new = torch.zeros(N, max_new_tokens, device=device, dtype=torch.long)
     new_logp = torch.zeros(N, max_new_tokens, device=device)
@@ -480,7 +487,7 @@ def apply_gradients(model, optimizers, max_norm):
     for optimizer in optimizers:
         if finite:
             optimizer.step()
-        optimizer.zero_grad()
+    model.zero_grad()
     return grad_norm, int(not finite)
 
 

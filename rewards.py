@@ -80,6 +80,7 @@ def has_format(text):
 
 
 MISS = tuple(word.strip() for word in WORDS["miss"])
+ANSWER = re.compile("|".join(word.strip() for word in WORDS["answer"]))
 VERDICT = re.compile("|".join(word.strip() for word in WORDS["miss"] + WORDS["hit"]))
 
 
@@ -251,6 +252,12 @@ def is_right(problem, text):
     return verify(problem, text)[1]
 
 
+def is_right_untagged(problem, text):
+    """Whether the answer is right if tags are left aside: what follows "answer:" counts as well."""
+    answer = split_completion(text)[1] or ANSWER.split(text)[-1].strip()
+    return VERIFIERS[problem.task](problem, answer)[1]
+
+
 # ------------------------------------------------------------------------------------------------
 # Rewards
 
@@ -272,7 +279,7 @@ SCRIPTS = {  # the letters of each script
 RUNS = {name: re.compile(f"[{letters}]+") for name, letters in SCRIPTS.items()}
 RUNS["other"] = re.compile(r"[^\W\d_" + "".join(SCRIPTS.values()) + "]")  # scripts not listed
 UNSPACED = ("han", "kana", "thai")  # two letters count as one word
-MAX_READ = 10_000  # characters of a thinking whose language is looked at
+MAX_READ = 10_000  # characters of the thinking that are checked for language
 
 
 def count_words(text):
@@ -294,18 +301,20 @@ def one_language(problem, text):
 
 
 def language_consistency(problems, texts):
-    """R1's reward against mixed languages: `one_language` of each."""
-    return [one_language(p, text) for p, text in zip(problems, texts, strict=True)]
+    """R1's reward against mixed languages: `one_language` of each; 0 where nothing was thought, or
+    leaving out the thinking would pay."""
+    scores = []
+    for problem, text in zip(problems, texts, strict=True):
+        thought = any(count_words(split_completion(text)[0] or "").values())
+        scores.append(one_language(problem, text) if thought else 0.0)
+    return scores
 
 
-LONG = 500, 1000  # characters: a completion costs nothing up to the first, and 1 from the second on
-
-
-def overlong_penalty(problems, texts):
-    """Soft overlong penalty: 0 up to a length, then falling to -1 (DAPO, arXiv 2503.14476, eq.
-    13)."""
-    start, end = LONG
-    return [-min(1.0, max(0.0, (len(text) - start) / (end - start))) for text in texts]
+def overlong_penalty(lengths, limit):
+    """Soft overlong penalty: lengths in tokens and the most there may be -> 0 up to 80 % of that,
+    then falling to -1 (DAPO, arXiv 2503.14476, eq. 13)."""
+    start = 0.8 * limit
+    return [-min(1.0, max(0.0, (length - start) / (limit - start))) for length in lengths]
 
 
 ENDS_WITH_EMOJI = re.compile("[\u2600-\u27bf\U0001f300-\U0001faff]\ufe0f?\\s*$")
@@ -330,13 +339,13 @@ def harmless(problems, texts):
 
 REWARDS = {  # a new reward: a line here and a weight w_NAME above
     "accuracy": accuracy, "format": format_reward, "language": language_consistency,
-    "length": overlong_penalty, "emoji": emoji, "harmless": harmless}
+    "emoji": emoji, "harmless": harmless}
 
 
 def applies(name, problem):
-    """Whether a reward judges a problem: preferences are for general requests, rules for the
-    rest."""
-    if name == "accuracy":
+    """Whether a reward judges a problem: accuracy and language reasoning problems, preference
+    general requests, harmless unsafe ones, the others all."""
+    if name in ("accuracy", "language"):
         return problem.task not in GENERAL
     if name == "preference":
         return problem.task in GENERAL
@@ -393,10 +402,10 @@ def attempt(reward, problems, texts):
 class Environment:
     """Where `train_grpo` gets problems and rewards: text on this side, token ids on its."""
 
-    def __init__(self, tok, data_cfg, reward_cfg, judge=None):
+    def __init__(self, tok, data_cfg, reward_cfg, max_new_tokens, judge=None):
         """`judge` is a RewardModel, wanted if there is a weight on preference."""
         self.tok, self.data, self.rewards = tok, data_cfg, reward_cfg
-        self.judge, self.stop_ids = judge, tok.stop_ids
+        self.max_new_tokens, self.judge, self.stop_ids = max_new_tokens, judge, tok.stop_ids
 
     def draw(self, rng):
         """A training problem and its prompt's ids."""
@@ -406,9 +415,13 @@ class Environment:
     def decode(self, ids):
         return data.completion_text(ids, self.tok, self.data)
 
-    def reward(self, problems, texts):
-        """-> (N totals, N dicts of parts)."""
-        return score(problems, texts, self.rewards, preference=self.preference)
+    def reward(self, samples):
+        """N samples, of which it reads problem, text and ids -> (N totals, N dicts of parts)."""
+        def length(problems, texts):  # it judges all problems, so these are all samples
+            return overlong_penalty([len(s.ids) for s in samples], self.max_new_tokens)
+
+        problems, texts = [s.problem for s in samples], [s.text for s in samples]
+        return score(problems, texts, self.rewards, length=length, preference=self.preference)
 
     def preference(self, problems, texts):
         prompts = [data.prompt_text(problem, self.data) for problem in problems]

@@ -169,8 +169,12 @@ def open_checkpoint(given, path=""):
     state = load_checkpoint(path)
     if state.get("stage") == "reward_model":
         raise UserError(f"{path} is a reward model: it judges answers and gives none")
-    settings = {"device": "auto", "threads": 0}  # of this machine, not of the one it was trained on
-    cfg = Config.of({**state.get("settings", {}), **settings, **given})
+    trained = state.get("settings", {})
+    here = {"device": "auto", "threads": 0}  # of this machine, not of the one it was trained on
+    cfg = Config.of({**trained, **here, **given})
+    if cfg.sample.sample_dtype != trained.get("sample_dtype", cfg.sample.sample_dtype):
+        print(f"{path} sampled in {trained['sample_dtype']} in training, and now does in "
+              f"{cfg.sample.sample_dtype}")
     if cfg.sample.threads:
         torch.set_num_threads(cfg.sample.threads)
     return path, model_of(state, path), data.load_tokenizer(cfg.sample.init_from), cfg
@@ -215,7 +219,8 @@ def assess(problem, text, completion, cfg):
             "one_language": rewards.one_language(problem, text),
             "emoji": rewards.emoji([problem], [text])[0], "length": len(completion.ids),
             "truncated": completion.truncated, "retry_rate": rewards.retries(text),
-            "thinks": bool((thinking or "").strip())}
+            "thinks": bool((thinking or "").strip()),
+            "pass@1_untagged": rewards.is_right_untagged(problem, text)}
     if problem.task in data.GENERAL:
         line["gold_reward"] = rewards.gold_reward(problem, answer)
     return line
@@ -242,8 +247,9 @@ def evaluate(model, tok, problems, k, cfg, temperature):
 
 
 def evaluate_tasks(model, tok, cfg, folder):
-    """The held-out problems of cfg.data.task, sampled and greedy, into FOLDER/eval.json and
-    samples.jsonl. A toy model is asked a tenth as many of every other task as well."""
+    """The held-out problems of cfg.data.task, sampled at the training temperature, at the paper's
+    0.6 and greedily, into FOLDER/eval.json and samples.jsonl. A toy model is asked a tenth as many
+    of every other task as well."""
     main, k, n = cfg.data.task, cfg.sample.eval_samples, cfg.data.eval_problems
     results, samples, tasks = read_results(folder), [], {main: n}
     model = for_sampling(model, cfg.sample)
@@ -254,8 +260,9 @@ def evaluate_tasks(model, tok, cfg, folder):
         results[task], found = evaluate(model, tok, problems, k, cfg, cfg.grpo.temperature)
         samples += found[:100 * k]
         if task == main:
-            greedy, _ = evaluate(model, tok, problems, 1, cfg, 0.0)
-            results[task]["pass@1_greedy"] = greedy["pass@1"]
+            for name, samples_each, temperature in (("T=0.6", 4, 0.6), ("greedy", 1, 0.0)):
+                other, _ = evaluate(model, tok, problems, samples_each, cfg, temperature)
+                results[task][f"pass@1_{name}"] = other["pass@1"]
     results |= win_rates(samples, tok, cfg.sample.out_dir)
     write_lines(os.path.join(folder, "samples.jsonl"), samples)
     write_json(os.path.join(folder, "eval.json"), results)  # last: it says that all is done

@@ -88,8 +88,8 @@ class TrainConfig:
     save_every: int = opt(20, "GRPO steps between checkpoints; elsewhere ten times that", least=1)
     max_skipped: int = opt(5, "steps in a row with non-finite gradients that end a run", least=1)
     export_dir: str = opt("", "folder that `export` writes")
-    export_dtype: str = opt("float32", "weights that `export` writes",
-                            choices=("float32", "bfloat16", "float16"))
+    export_dtype: str = opt("auto", "weights that `export` writes; auto: those it sampled with",
+                            choices=("auto", "float32", "bfloat16", "float16"))
 
 
 @dataclass
@@ -100,8 +100,7 @@ class Config(sample.Config):
 
 REAL_DEFAULTS = {  # with --init_from: the paper's settings, at a size that one GPU can carry
     "template": "base", "context": 2048, "max_new_tokens": 512, "rl_lr": 1e-6, "rl_steps": 200,
-    "rl_hold": 10**6, "rl_optimizer": "adamw", "base_optimizer": "adamw", "eval_problems": 100,
-    "eval_samples": 4,
+    "rl_hold": 0, "base_optimizer": "adamw", "eval_problems": 100, "eval_samples": 4,
 }
 TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
     "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
@@ -159,9 +158,9 @@ RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
 # A stage's folder
 
 HEADINGS = {  # of columns, on the terminal: no row is wider than 110
-    "language": "lang", "preference": "pref", "pass@1_ci": "95% CI", "pass@1_greedy": "greedy",
-    "one_language": "language", "retry_rate": "retries"}
-WIDTHS = {"lang": 4, "cut": 4, "grad": 7, "loss": 7}  # least ones; else 5
+    "pass@1_ci": "95% CI", "pass@1_T=0.6": "T=0.6", "pass@1_greedy": "greedy",
+    "pass@1_untagged": "untagged", "one_language": "language"}
+WIDTHS = {"cut": 4, "grad": 7, "loss": 7}  # least ones; else 5
 
 
 class Run:
@@ -173,7 +172,10 @@ class Run:
         self.cfg = cfg = stage_config(self.stage, given, self.tok)
         self.prompt_len = longest_prompt(cfg, self.tok)
         self.seed, self.device = cfg.sample.seed, sample.find_device(cfg.sample.device)
+        # Checkpoints say what "auto" meant: whatever asks them later samples in the same dtype,
+        # since weights move less in RL than bfloat16 can show.
         self.sample_dtype = sample.sampling_dtype(cfg.sample)
+        cfg.sample.sample_dtype = str(self.sample_dtype).removeprefix("torch.")
         if cfg.sample.threads:
             torch.set_num_threads(cfg.sample.threads)
         steps = {"base": "base_steps", "rl": "rl_steps"}.get(self.stage.kind, "sft_steps")
@@ -362,7 +364,8 @@ def train_rl(run):
         ref = copy.deepcopy(policy).requires_grad_(False).to(getattr(torch, cfg.train.ref_dtype))
     if cfg.rewards.w_preference:
         judge = run.load("reward_model", RewardModel)
-    train_grpo(policy, ref, Environment(run.tok, cfg.data, cfg.rewards, judge), run, cfg.grpo)
+    env = Environment(run.tok, cfg.data, cfg.rewards, cfg.grpo.max_new_tokens, judge)
+    train_grpo(policy, ref, env, run, cfg.grpo)
     return policy
 
 
@@ -516,7 +519,7 @@ class Stage:
 
 
 SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "mlp_dim": 128}
-SHORT_RL = {"rl_steps": 30, "rl_lr": 5e-4}
+SHORT_RL = {"rl_steps": 30}
 STAGES = {  # in the paper's order: whatever a stage needs is above it
     "base": Stage(train_base, "base", None, None, {}),
     "zero": Stage(train_rl, "rl", "base", None, {}),
@@ -631,8 +634,8 @@ def print_tables(results, task):
     """{stage: results by task} -> what each stage does with its task, and with the others."""
     results = {stage: found for stage, found in results.items() if task in found}
     k, n = (max(r[task][key] for r in results.values()) for key in ("samples", "problems"))
-    keys = ["pass@1", "pass@1_ci", "pass@1_greedy", f"pass@{k}", f"cons@{k}", "format",
-            "one_language", "length", "retry_rate", "truncated"]
+    keys = ["pass@1", "pass@1_ci", "pass@1_T=0.6", "pass@1_greedy", f"pass@{k}", f"cons@{k}",
+            "pass@1_untagged", "format", "one_language", "length", "truncated"]
     print_table(f"{task}: {n} held-out problems, {k} samples of each", results,
                 {HEADINGS.get(key, key): (task, key) for key in keys})
     others = {t: (t, "pass@1") for t in data.TASKS
@@ -706,10 +709,13 @@ def run_export(given):
     source, train = cfg.sample.init_from, Config.of(given).train
     if not train.export_dir:
         raise UserError("export needs --export_dir=FOLDER to write to")
-    save_pretrained(model, train.export_dir, source, getattr(torch, train.export_dtype))
+    dtype = sample.sampling_dtype(cfg.sample)
+    if train.export_dtype != "auto":
+        dtype = getattr(torch, train.export_dtype)
+    save_pretrained(model, train.export_dir, source, dtype)
     if not source:
         tok.save(train.export_dir)
-    print(f"{path}: written to {train.export_dir} as {train.export_dtype}")
+    print(f"{path}: written to {train.export_dir} as {str(dtype).removeprefix('torch.')}")
 
 
 COMMANDS = {"eval": run_eval, "export": run_export, "table": run_table}

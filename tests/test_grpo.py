@@ -21,7 +21,15 @@ from grpo import (
     train_grpo,
     update_policy,
 )
-from model import UserError, generate, token_logps, validate
+from model import (
+    UserError,
+    generate,
+    make_optimizers,
+    pick,
+    sampling_copy,
+    token_logps,
+    validate,
+)
 
 NORMS = ("sequence", "token", "constant")
 
@@ -86,7 +94,8 @@ def plain_loss(logp, logp_old, logp_ref, adv, mask, cfg):
                 rho, a = math.exp(lp - old), float(adv[i])
                 clipped = min(max(rho, 1 - cfg.clip_low), 1 + cfg.clip_high)
                 k3 = math.exp(ref - lp) - (ref - lp) - 1
-                terms.append(-min(rho * a, clipped * a) + cfg.kl_coef * k3)
+                kl = rho * k3 if cfg.kl_loss == "k3_ratio" else k3
+                terms.append(-min(rho * a, clipped * a) + cfg.kl_coef * kl)
         per_sequence.append(terms)
         n_tokens += len(terms)
     if cfg.loss_norm == "token":
@@ -106,12 +115,13 @@ def random_batch(seed, N=6, T=11):
     return logp, logp + noise[0], logp + noise[1], adv, torch.arange(T) < lengths[:, None]
 
 
-CASES = list(itertools.product(NORMS, [0.0, 0.04, 1.0], [0.2, 0.28], [0, 1]))
+CASES = list(itertools.product(NORMS, [0.0, 0.04, 1.0], ["k3", "k3_ratio"], [0.2, 0.28]))
 
 
-@pytest.mark.parametrize("norm, kl, high, seed", CASES)
-def test_the_loss_is_the_papers_formula(norm, kl, high, seed):
-    cfg = GRPOConfig(loss_norm=norm, kl_coef=kl, clip_high=high, max_new_tokens=13)
+@pytest.mark.parametrize("norm, kl, kl_loss, high", CASES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_loss_is_the_papers_formula(norm, kl, kl_loss, high, seed):
+    cfg = GRPOConfig(loss_norm=norm, kl_coef=kl, kl_loss=kl_loss, clip_high=high, max_new_tokens=13)
     batch = random_batch(seed)
     loss, metrics = grpo_loss(*batch, cfg)
     assert abs(loss.item() - plain_loss(*batch, cfg)) < 1e-6
@@ -174,13 +184,41 @@ REFERENCE = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
 EXACT_KL = (POLICY * (POLICY / REFERENCE).log()).sum().item()
 
 
-def test_the_kl_term_of_the_loss_averages_to_the_exact_kl():
-    # The expectation over the policy's own samples, taken exactly: a row for each token, weighted
-    # by the token's probability.
-    logp, logp_ref = POLICY.log()[:, None], REFERENCE.log()[:, None]
-    mask, cfg = torch.ones(3, 1), GRPOConfig(kl_coef=1.0)
-    loss, _ = grpo_loss(logp, logp, logp_ref, torch.zeros(3), mask, cfg, weights=POLICY)
-    assert loss.item() == pytest.approx(EXACT_KL, abs=1e-12)
+def kl_term(kl_loss, logits, sampled_with):
+    """The loss's KL term of one token, as the exact expectation over what `sampled_with` samples: a
+    row for each token, weighted by that token's probability."""
+    cfg, logp = pick(GRPOConfig, {"kl_loss": kl_loss, "kl_coef": 1.0}), logits.log_softmax(dim=0)
+    columns = [x[:, None] for x in (logp, sampled_with.log(), REFERENCE.log())]
+    return grpo_loss(*columns, torch.zeros(3), torch.ones(3, 1), cfg, weights=sampled_with)[0]
+
+
+def exact_kl(a, b):
+    return (a * (a.log() - b.log())).sum()
+
+
+@pytest.mark.parametrize("kl_loss", ["k3", "k3_ratio"])
+def test_the_kl_term_of_the_loss_averages_to_the_exact_kl(kl_loss):
+    assert kl_term(kl_loss, POLICY.log(), POLICY).item() == pytest.approx(EXACT_KL, abs=1e-12)
+
+
+def test_the_kl_gradient_is_exact_with_the_ratio_and_that_of_the_reverse_kl_without():
+    logits = POLICY.log().requires_grad_()
+    policy = logits.softmax(dim=0)
+    exact = torch.autograd.grad(exact_kl(policy, REFERENCE), logits, retain_graph=True)[0]
+    reverse = torch.autograd.grad(exact_kl(REFERENCE, policy), logits)[0]
+    assert (exact - reverse).abs().max() > 0.01
+    for kl_loss, want in (("k3", reverse), ("k3_ratio", exact)):
+        got = torch.autograd.grad(kl_term(kl_loss, logits, POLICY), logits)[0]
+        assert torch.allclose(got, want, rtol=0, atol=1e-12), kl_loss
+
+
+def test_with_the_ratio_value_and_gradient_are_exact_for_an_older_policys_samples_too():
+    logits = POLICY.log().requires_grad_()
+    older = torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
+    got, want = kl_term("k3_ratio", logits, older), exact_kl(logits.softmax(dim=0), REFERENCE)
+    assert got.item() == pytest.approx(want.item(), abs=1e-12)
+    got, want = (torch.autograd.grad(x, logits)[0] for x in (got, want))
+    assert torch.allclose(got, want, rtol=0, atol=1e-12)
 
 
 def test_the_kl_metric_averages_to_the_exact_kl_and_the_entropy_metric_to_the_entropy():
@@ -189,6 +227,15 @@ def test_the_kl_metric_averages_to_the_exact_kl_and_the_entropy_metric_to_the_en
     _, metrics = grpo_loss(logp, logp, logp_ref, torch.zeros(10), torch.ones(10, 1), GRPOConfig())
     assert metrics["kl"] == pytest.approx(EXACT_KL, abs=1e-12)
     assert metrics["entropy"] == pytest.approx(-(POLICY * POLICY.log()).sum().item(), abs=1e-12)
+
+
+def test_the_sampler_kl_metric_averages_to_the_exact_kl_from_the_sampler_to_the_trainer():
+    token = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)  # each as often as the sampler says
+    logp_old, logp = POLICY.log()[token][:, None], REFERENCE.log()[token][:, None]
+    _, metrics = grpo_loss(logp, logp_old, None, torch.zeros(10), torch.ones(10, 1), GRPOConfig())
+    assert metrics["sampler_kl"] == pytest.approx(EXACT_KL, abs=1e-12)
+    assert metrics["log_ratio"] == pytest.approx(-EXACT_KL, abs=1e-12)
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-12)
 
 
 def test_the_kl_gradient_depends_on_the_reference():
@@ -347,8 +394,20 @@ def test_at_the_first_step_the_ratio_is_one_and_nothing_is_clipped(tiny):
     assert torch.allclose(logp[mask], logp_old[mask], atol=1e-4)
     _, metrics = change(tiny, copy.deepcopy(tiny), groups, SMALL)
     assert metrics["ratio"] == pytest.approx(1, abs=1e-4) and metrics["clip"] == 0
+    assert metrics["log_ratio"] == pytest.approx(0, abs=1e-4)
+    assert metrics["sampler_kl"] == pytest.approx(0, abs=1e-6)
     assert metrics["kl"] == pytest.approx(0, abs=1e-6)  # all at the same temperature
     assert metrics["entropy"] == pytest.approx(-logp_old[mask].mean().item(), rel=1e-4)
+
+
+def test_a_sampler_in_bfloat16_shows_in_ratio_and_sampler_kl(tiny):
+    for p in tiny.parameters():
+        p.data /= 2  # not quite so far from uniform: bfloat16 has three digits
+    _, exact = change(tiny, None, rollout(tiny), NO_KL)
+    _, rounded = change(tiny, None, rollout(sampling_copy(tiny, torch.bfloat16)), NO_KL)
+    assert exact["sampler_kl"] < 1e-6 and exact["log_ratio"] == pytest.approx(0, abs=1e-5)
+    assert 1e-6 < rounded["sampler_kl"] < 0.01 and 1e-5 < abs(rounded["log_ratio"]) < 0.05
+    assert rounded["ratio"] == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -467,11 +526,45 @@ def test_eight_completions_make_five_minibatches_if_five_are_asked_for(tiny, mon
     assert sorted(map(id, sum(seen, []))) == sorted(map(id, flat(groups)))
 
 
-def test_equal_rewards_and_no_kl_move_nothing(tiny):
-    groups = rollout(tiny)
-    set_rewards(groups, [[1.0] * 4] * 3)
-    moved, _ = change(tiny, None, groups, NO_KL)
-    assert (moved == 0).all()
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05])
+def test_a_step_whose_rewards_are_all_equal_changes_no_weight(tiny, kind, kl_coef):
+    # Neither optimiser looks at the size of a gradient: what momentum and a small KL leave of it
+    # would make a step of full size.
+    cfg, ref = replace(SMALL, kl_coef=kl_coef), shifted(tiny) if kl_coef else None
+    optimizers, groups = make_optimizers(tiny, 1e-2, kind), rollout(tiny)
+    equal = copy.deepcopy(groups)
+    set_rewards(equal, [[1.0] * 4, [0.0] * 4, [0.5] * 4])
+    for _ in range(3):  # before any other step, after one, and after two
+        before = vector(tiny.parameters()).clone()
+        metrics = update_policy(tiny, ref, optimizers, equal, cfg, seeded())
+        assert torch.equal(vector(tiny.parameters()), before)
+        assert all(p.grad is None for p in tiny.parameters()) and metrics["skipped"] == 0
+        assert bool(metrics["grad_norm"]) == bool(kl_coef)  # it is the KL's
+        update_policy(tiny, ref, optimizers, groups, cfg, seeded())
+        assert not torch.equal(vector(tiny.parameters()), before)
+
+
+def test_a_minibatch_without_any_advantage_takes_no_step(tiny):
+    groups, ref = rollout(tiny), shifted(tiny)
+    for sample in flat(groups):
+        sample.adv = 0.0
+    groups[1][2].adv = 1.0
+    optimizer = Counting(tiny.parameters(), lr=0.01)
+    cfg = replace(SMALL, inner_epochs=2, minibatches=4)
+    update_policy(tiny, ref, [optimizer], groups, cfg, seeded())
+    assert optimizer.steps == 2  # each epoch shuffles: one of its four holds that completion
+
+
+def test_a_minibatch_that_takes_no_step_leaves_nothing_to_the_next(tiny, monkeypatch):
+    groups, ref = rollout(tiny, prompts=PROMPTS[:2]), shifted(tiny)
+    for sample in flat(groups[:1]):
+        sample.adv = 0.0
+    assert any(sample.adv for sample in groups[1])
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
+    both, _ = change(tiny, ref, groups, replace(SMALL, minibatches=2))
+    alone, _ = change(tiny, ref, groups[1:], SMALL)
+    assert near(both, alone)
 
 
 def test_good_completions_become_more_likely_and_bad_ones_less_likely(tiny):
@@ -539,9 +632,9 @@ class Env:
     def decode(self, ids):
         return " ".join(map(str, ids))
 
-    def reward(self, problems, texts):
-        self.texts.append(list(zip(problems, texts, strict=True)))
-        rewards = [float(len(text.split()) % 2 == 0) for text in texts]
+    def reward(self, samples):
+        self.texts.append([(sample.problem, sample.text) for sample in samples])
+        rewards = [float(len(sample.ids) % 2 == 0) for sample in samples]
         if self.script:
             rewards = self.script[len(self.texts) - 1]
         return rewards, [{"accuracy": reward} for reward in rewards]
@@ -555,7 +648,7 @@ class Run:
     def __init__(self, stop=0, checkpoint=None, sample_dtype=torch.float32):
         self.stop, self.checkpoint, self.sample_dtype = stop, checkpoint, sample_dtype
         self.seconds, self.metrics, self.table, self.lines = 0.0, [], [], []
-        self.lr, self.references, self.samplers = [], [], []
+        self.lr, self.weights, self.references, self.samplers = [], [], [], []
 
     def resume(self, policy, optimizers, ref):
         if self.checkpoint is None:
@@ -574,6 +667,7 @@ class Run:
 
     def end_step(self, step, n_steps, policy, optimizers, ref):
         self.lr.append(optimizers[-1].param_groups[0]["lr"])
+        self.weights.append(vector(policy.parameters()).clone())
         same = ref and torch.equal(vector(ref.parameters()), vector(policy.parameters()))
         self.references.append(same)
         if step == self.stop:
@@ -667,7 +761,8 @@ def test_every_step_is_logged_and_every_tenth_leaves_a_group_to_read(tiny, learn
         equal = sum(not any(s.adv for s in group) for group in groups)
         assert metrics["zero_variance"] == pytest.approx(equal / 3)
         assert metrics["sample_s"] > 0 and metrics["update_s"] > 0
-        for name in ("loss", "ratio", "kl", "clip", "entropy", "grad_norm", "skipped"):
+        for name in ("loss", "ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy",
+                     "grad_norm", "skipped"):
             assert math.isfinite(metrics[name])
     assert run.seconds == run.metrics[-1]["seconds"] > run.metrics[0]["seconds"] > 0
     assert {file for file, _ in run.lines} == {"rollouts.jsonl"}
@@ -682,8 +777,8 @@ def test_every_step_is_logged_and_every_tenth_leaves_a_group_to_read(tiny, learn
 
 def test_a_reward_with_nothing_to_say_of_a_problem_is_left_out_of_its_mean(tiny):
     class Partial(Env):
-        def reward(self, problems, texts):
-            rewards, _ = super().reward(problems, texts)
+        def reward(self, samples):
+            rewards, _ = super().reward(samples)
             unknown = float("nan")
             return rewards, [{"a": 1.0 if i == 0 else unknown, "b": unknown} for i in range(6)]
 
@@ -729,12 +824,23 @@ def test_another_seed_and_another_stage_draw_otherwise(tiny):
     assert len(set(drawn)) == 3
 
 
-def test_the_learning_rate_rises_and_falls_as_the_settings_say(tiny):
+def test_the_learning_rate_rises_and_is_constant_from_then_on(tiny):
     run = Run()
-    train_grpo(tiny, None, Env(), run,
-               replace(LOOP, rl_steps=8, rl_lr=1e-6, rl_warmup=2, rl_hold=4))
-    want = [0.5, 1, 1, 1, (4 / 5)**0.5, (4 / 6)**0.5, (4 / 7)**0.5, (4 / 8)**0.5]
-    assert run.lr == pytest.approx([1e-6 * factor for factor in want])
+    train_grpo(tiny, None, Env(), run, replace(LOOP, rl_steps=40, rl_lr=1e-6, rl_warmup=4))
+    assert run.lr == pytest.approx([1e-6 * factor for factor in [1 / 4, 1 / 2, 3 / 4] + 37 * [1]])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_steps_of_the_loop_whose_rewards_are_all_equal_leave_the_policy_where_it_was(tiny, kind):
+    run, equal = Run(), [1.0] * 6
+    env = Env([equal, [1.0, 0.0] * 3, equal, equal, [0.0, 1.0] * 3])
+    cfg = replace(LOOP, rl_steps=5, rl_optimizer=kind, kl_coef=0.05)
+    before, ref = vector(tiny.parameters()).clone(), shifted(tiny)
+    train_grpo(tiny, ref, env, run, cfg)
+    moved = [not torch.equal(a, b)
+             for a, b in zip([before, *run.weights], run.weights, strict=False)]
+    assert moved == [False, True, False, False, True]
+    assert [metrics["zero_variance"] for metrics in run.metrics] == [1, 0, 1, 1, 0]
 
 
 def test_the_reference_follows_the_policy_only_as_often_as_asked(tiny):
@@ -781,7 +887,7 @@ def test_wrong_settings_are_refused_by_name():
              ("clip_low", 1.1), ("clip_high", -1.0), ("kl_coef", -1.0), ("kl_coef", nan),
              ("kl_coef", inf), ("max_grad_norm", 0.0), ("dynamic_sampling", -1),
              ("dynamic_sampling", 1001), ("ref_every", -1), ("rl_lr", 0.0), ("rl_lr", nan),
-             ("rl_steps", 0), ("rl_optimizer", "sgd"), ("minibatches", 257)]
+             ("rl_steps", 0), ("rl_optimizer", "sgd"), ("minibatches", 257), ("kl_loss", "k2")]
     for name, value in wrong:
         with pytest.raises(UserError, match=f"{name}=") as e:
             validate(GRPOConfig(**{name: value}))

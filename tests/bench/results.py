@@ -22,10 +22,9 @@ import data  # noqa: E402
 
 FILE = os.path.join(ROOT, "assets", "results.json")
 SEEDS = (1, 2, 3)
-ASK = "--numbers=4,9,6 --target=30 --n=1"
-SIDE_BY_SIDE = f"python sample.py --ckpt=out/base/ckpt.pt --vs=out/zero/ckpt.pt {ASK}"
+ASK = "python sample.py --numbers=4,9,6 --target=30 --n=1"
 LATER = "r1 distill small_zero dev2_free zero_emoji"
-SHOWN_STEPS = (1, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60)
+SHOWN_STEPS = (1, 2, 5, 10, 20, 40, 60)
 RUNS = {}  # name: the commands that make it, the first of which ends with zero
 for seed in SEEDS:
     flags = f"--seed={seed} --threads=1 --out_dir=out{seed}"
@@ -81,22 +80,26 @@ def gather():
         minutes = round_all(read(os.path.join(where, "minutes.json")))
         runs[name] = {"minutes": minutes, "stages": stages}
     return {"earlier": read(FILE)["earlier"], "seen": seen(folder("seed 1")), "runs": runs,
-            "about": {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__,
-                      "python": platform.python_version(), "commit": commit()}}
+            "about": {"counting": counting(), "cpu": cpu_name(), "cores": os.cpu_count(),
+                      "torch": torch.__version__, "python": platform.python_version(),
+                      "commit": commit()}}
 
 
 def seen(where):
-    """What a person sees of a run: lines of zero's log, and one puzzle before and after RL."""
+    """What a person sees of a run: lines of zero's log, and one puzzle."""
     with open(os.path.join(where, "log.txt"), encoding="utf-8") as f:
         lines = f.read().splitlines()
     rows = {int(m[1]): line for line in lines if (m := re.match(r" +(\d+)/60 ", line))}
     header = next(line for line in lines if re.match(" +step reward ", line))
-    command = SIDE_BY_SIDE.replace("out/", where + "/").split()[1:]
-    shown = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
-                           check=True, env={**os.environ, "COLUMNS": "120"}).stdout
-    shown = shown.replace(where, "out")
-    log = "\n".join([header, *[rows[i] for i in SHOWN_STEPS]])
-    return {"log": log, "side_by_side": shown.strip()}
+    command = [sys.executable, *ASK.split()[1:], f"--ckpt={where}/zero/ckpt.pt"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {"log": "\n".join([header, *[rows[i] for i in SHOWN_STEPS]]), "solved": shown.strip()}
+
+
+def counting():
+    """The share of held-out chat requests that ask to count, which takes thinking."""
+    asked = data.eval_problems(data.DataConfig(), 50, "chat")
+    return sum(problem.question.startswith("count ") for problem in asked) / len(asked)
 
 
 def cpu_name():
@@ -178,8 +181,8 @@ def blocks(results):
     """{name of a block in README.md or assets/results.md: its Markdown}."""
     runs, about = results["runs"], results["about"]
     seeds = Seeds(runs)
-    out = {"hardware": f"{about['cores']} cores of an {about['cpu']}, torch {about['torch']}, fp32, "
-                       f"commit {about['commit']}"}
+    out = {"hardware": f"{about['cores']} cores of an {about['cpu']}, torch {about['torch']}, "
+                       f"fp32, commit {about['commit']}"}
     out |= {name: f"```\n{text}\n```" for name, text in results["seen"].items()}
     speed = results["earlier"]["speed"]["rows"]
     out["speed"] = table(speed[0], speed[1:])
@@ -191,7 +194,8 @@ def blocks(results):
                ("greedy", "countdown", "pass@1_greedy", pct),
                ("format", "countdown", "format", pct),
                ("one language", "countdown", "one_language", pct),
-               ("length", "countdown", "length", whole), ("arithmetic", "arithmetic", "pass@1", pct),
+               ("length", "countdown", "length", whole),
+               ("arithmetic", "arithmetic", "pass@1", pct),
                ("logic", "logic", "pass@1", pct), ("code", "code", "pass@1", pct)]
     stages = ["base", "zero", "dev1", "dev2", "dev3", "r1", "small_base", "small_zero", "distill"]
     out["pipeline"] = stage_table(seeds, stages, columns)
@@ -204,7 +208,7 @@ def blocks(results):
                ("win rate (RM)", "win_rate", "reward_model", pct)]
     stages = ["base", "zero", "dev1", "dev2", "dev3", "r1", "distill"]
     out["general"] = stage_table(seeds, stages, columns)
-    out["claims"] = claims(seeds)
+    out["claims"] = claims(seeds, about["counting"])
     return out
 
 
@@ -234,84 +238,77 @@ def stage_table(seeds, stages, columns):
     return table(["", *[heading for heading, *_ in columns]], rows)
 
 
-def claims(seeds):
+def claims(seeds, counting):
     """What the article says, what is measured here, and whether the check holds for every seed. The
     check of a row is as strong as the row's words."""
     def main(stages, stage, key="pass@1"):
         return stages[stage]["countdown"][key]
 
-    show, get = seeds.spread, seeds.get
-    asked = data.eval_problems(data.DataConfig(), 50, "chat")
-    counting = sum(problem.question.startswith("count ") for problem in asked) / len(asked)
+    get = seeds.get
     free = [100 * (a - b) for a, b in zip(get("dev2"), get("dev2_free"), strict=True)]
     emoji = [100 * (a - b) for a, b in zip(get("zero_emoji"), get("zero"), strict=True)]
     rows = [
-        ["RL alone lifts single samples above the best of 16 that the base takes", "zero",
-         f"base pass@1 {show('base')}, pass@16 {show('base', 'pass@16')}; "
-         f"zero pass@1 {show('zero')}",
+        ["RL alone lifts single samples above the base's best of 16", "zero",
+         f"pass@16 of `base` {by_seed(get('base', 'pass@16'))}; pass@1 of `zero` "
+         f"{by_seed(get('zero'))} %",
          lambda s: main(s, "zero") > main(s, "base", "pass@16")],
-        ["thinking grows to at least 1.8 times its length, and no reward pays for length (the "
-         "default loss is known to favour it; see Limits)", "zero",
-         f"{show('base', 'length', show=whole)} → {show('zero', 'length', show=whole)} tokens",
+        ["thinking grows to 1.8 times its length or more, and no reward pays for length", "zero",
+         f"{by_seed(get('base', 'length'), whole)} → {by_seed(get('zero', 'length'), whole)} "
+         f"tokens",
          lambda s: main(s, "zero", "length") >= 1.8 * main(s, "base", "length")],
-        ["a majority vote of 16 beats single samples, beyond their 95 % interval", "zero",
-         f"cons@16 {show('zero', 'cons@16')}, pass@1 {show('zero')}",
+        ["a majority vote of 16 beats the 95 % interval of single samples", "zero",
+         f"cons@16 {by_seed(get('zero', 'cons@16'))} %",
          lambda s: main(s, "zero", "cons@16") > main(s, "zero", "pass@1_ci")[1]],
-        ["R1-Zero mixes languages: under 90 % of its words are in the prompts' one language",
-         "zero",
-         f"by seed {by_seed(get('zero', 'one_language'))} %",
+        ["R1-Zero mixes languages, under 90 % of words are the prompts'", "zero",
+         f"{by_seed(get('zero', 'one_language'))} % in one language",
          lambda s: main(s, "zero", "one_language") < 0.9],
-        ["a cold start on at most 200 traces is more readable than R1-Zero, and RL then starts "
-         "above 90 %; one seed still mixes", "dev1",
-         f"one language by seed {by_seed(get('zero', 'one_language'))} → "
-         f"{by_seed(get('dev1', 'one_language'))} %; pass@1 {show('dev1')}",
+        ["a cold start mixes less, though one seed still does, and RL starts above 90 %", "dev1",
+         f"{by_seed(get('dev1', 'one_language'))} % in one language; pass@1 "
+         f"{by_seed(get('dev1'))} %",
          lambda s: main(s, "dev1", "one_language") > main(s, "zero", "one_language")
          and main(s, "dev1") > 0.9],
-        ["with a language reward at least 98 % of words are in one language, more than without; the "
-         "cost in accuracy is small", "dev2 dev2_free",
-         f"by seed {by_seed(get('dev2', 'one_language'))} %, without it (`dev2_free`) "
-         f"{by_seed(get('dev2_free', 'one_language'))} %; pass@1 {by_seed(free, '{:+.1f}'.format)} "
-         f"points",
+        ["a language reward: 98 % or more in one language, at most 1.5 points lost",
+         "dev2 dev2_free",
+         f"{by_seed(get('dev2', 'one_language'))} %, without it "
+         f"{by_seed(get('dev2_free', 'one_language'))} %; {by_seed(free, '{:+.1f}'.format)} points",
          lambda s: main(s, "dev2", "one_language") >= 0.98
          and main(s, "dev2", "one_language") > main(s, "dev2_free", "one_language")
          and main(s, "dev2") > main(s, "dev2_free") - 0.015],
-        ["rejection sampling keeps reasoning within 3 points and adds general tasks: chat over "
-         "90 % right, over 85 % of unsafe requests declined", "dev3",
-         f"pass@1 `dev2` {show('dev2')}, `dev3` {show('dev3')}; chat "
-         f"{show('dev3', task='chat')}, declined {show('dev3', task='unsafe')}",
+        ["rejection sampling adds general tasks (chat 90 % right, unsafe 85 % declined, or more) "
+         "and loses at most 3 points of reasoning", "dev3",
+         f"chat {by_seed(get('dev3', task='chat'))}, declined "
+         f"{by_seed(get('dev3', task='unsafe'))}, pass@1 {by_seed(get('dev2'))} → "
+         f"{by_seed(get('dev3'))} %",
          lambda s: main(s, "dev3") > main(s, "dev2") - 0.03 and s["dev3"]["chat"]["pass@1"] > 0.9
          and s["dev3"]["unsafe"]["pass@1"] > 0.85],
-        ["RL for all scenarios declines more and is preferred, and hacks its reward model: chat is "
-         "right *less* often, and the reward model prefers it more often than gold reward does",
-         "r1",
-         f"declined {show('dev3', task='unsafe')} → {show('r1', task='unsafe')}; chat by seed "
-         f"{by_seed(get('dev3', task='chat'))} → {by_seed(get('r1', task='chat'))} %; win rate over "
-         f"`dev3` by gold reward {show('r1', 'gold', 'win_rate')}, by the reward model "
-         f"{show('r1', 'reward_model', 'win_rate')}; countdown {show('dev3')} → {show('r1')}",
+        ["RL for all scenarios declines more, and *hacks its reward model*: preferred, yet less "
+         "often right than dev3", "r1",
+         f"declined {by_seed(get('r1', task='unsafe'))}, chat right "
+         f"{by_seed(get('dev3', task='chat'))} → {by_seed(get('r1', task='chat'))} %; wins by "
+         f"gold reward {by_seed(get('r1', 'gold', 'win_rate'))}, by the reward model "
+         f"{by_seed(get('r1', 'reward_model', 'win_rate'))} %",
          lambda s: s["r1"]["unsafe"]["pass@1"] > s["dev3"]["unsafe"]["pass@1"]
          and s["r1"]["chat"]["pass@1"] < s["dev3"]["chat"]["pass@1"]
-         and 0.5 < s["r1"]["win_rate"]["gold"] < s["r1"]["win_rate"]["reward_model"]
-         and main(s, "r1") > main(s, "dev3") - 0.03],
-        ["sampled at T = 1, distillation beats RL on the small model; greedily RL is ahead",
+         and 0.5 < s["r1"]["win_rate"]["gold"] < s["r1"]["win_rate"]["reward_model"]],
+        ["sampled at T = 1 distillation beats RL on the small model; greedily RL is ahead",
          "distill small_zero",
-         f"T = 1: `distill` {show('distill')}, `small_zero` {show('small_zero')}; greedy by seed "
+         f"T = 1: {by_seed(get('distill'))} against {by_seed(get('small_zero'))}; greedy: "
          f"{by_seed(get('distill', 'pass@1_greedy'))} against "
          f"{by_seed(get('small_zero', 'pass@1_greedy'))} %",
          lambda s: main(s, "distill", "pass@1_ci")[0] > main(s, "small_zero", "pass@1_ci")[1]
          and main(s, "distill", "pass@1_greedy") < main(s, "small_zero", "pass@1_greedy")],
-        ["thinking is left out where it is not needed", "r1",
-         f"`r1` thinks in {show('r1', 'thinks')} of countdown, {show('r1', 'thinks', 'chat')} of "
-         f"chat (in {counting:.0%} the request is to count, which takes thinking) and "
-         f"{show('r1', 'thinks', 'unsafe')} of unsafe requests",
+        ["r1 thinks on countdown, hardly on chat but for counting, and not on unsafe requests",
+         "r1",
+         f"{by_seed(get('r1', 'thinks'))}; {by_seed(get('r1', 'thinks', 'chat'))} ({counting:.0%} "
+         f"are to count); {by_seed(get('r1', 'thinks', 'unsafe'))} %",
          lambda s: main(s, "r1", "thinks") > 0.95 and s["r1"]["chat"]["thinks"] < counting + 0.02
          and s["r1"]["unsafe"]["thinks"] < 0.01],
-        ["an emoji reward is obeyed in over 95 % of lines and costs up to 3.4 points (80 steps for "
-         "60 and no division by std, beside the reward)", "zero_emoji",
-         f"lines with one: {show('zero', 'emoji')} → {show('zero_emoji', 'emoji')}; pass@1 "
-         f"{by_seed(emoji, '{:+.1f}'.format)} points",
+        ["an emoji reward is obeyed in 95 % of lines or more and costs up to 3.4 points (with 80 "
+         "steps for 60 and no division by std)", "zero_emoji",
+         f"{by_seed(get('zero_emoji', 'emoji'))} %; {by_seed(emoji, '{:+.1f}'.format)} points",
          lambda s: main(s, "zero_emoji", "emoji") > 0.95
          and main(s, "zero_emoji") >= main(s, "zero") - 0.0345]]
-    head = ["claim", "stages", "measured: mean (least–most) of three seeds", "every seed"]
+    head = ["claim", "stages", "measured, seeds 1 / 2 / 3", "every seed"]
     return table(head, [[claim, f"`{stages}`", figures, seeds.every(check)]
                         for claim, stages, figures, check in rows])
 
