@@ -19,7 +19,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import UserError, opt, read_json
+from model import UserError, any_terminal, opt, read_json
 
 LARGEST = 99  # the toy world counts with 0..99, one token each
 
@@ -416,10 +416,12 @@ def draw_problem(cfg, rng, task=None, held_out=False):
         if others:
             task = rng.choices(list(shares), list(shares.values()))[0]
     examples = {example.key for example, *_ in EXAMPLES} if cfg.shots else ()
-    while True:
+    for _ in range(20_000):
         problem = TASKS[task].draw(cfg, rng)
         if problem and problem.held_out == held_out and problem.key not in examples:
             return problem
+    raise UserError(f"n_numbers={cfg.n_numbers}, max_number={cfg.max_number}, ops={cfg.ops} leave "
+                    f"no {task} problem to {'hold out' if held_out else 'train on'}")
 
 
 def eval_problems(cfg, n, task=None):
@@ -510,7 +512,7 @@ class Habits:
     emoji: float = 0.0  # share of lines that end with one
 
 
-# Patience that solves nearly all problems of a task.
+# The patience from which on an author who checks counts as patient.
 ENOUGH = {"countdown": 18, "logic": 6, "code": 9, "arithmetic": 0}
 
 
@@ -855,4 +857,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with any_terminal():
+        main()

@@ -12,6 +12,7 @@ import operator
 import os
 import random
 import shutil
+import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 
@@ -27,6 +28,20 @@ from torch.utils.checkpoint import checkpoint
 
 class UserError(ValueError):
     """An error the user can fix. The scripts print it as one line and exit with code 2."""
+
+
+@contextmanager
+def any_terminal():
+    """For scripts: replaces what stdout cannot show (cp1252, ASCII), ends `... | head` quietly."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush when Python exits
+        sys.exit(0)
 
 
 def opt(default, help, least=None, most=None, above=None, choices=None):

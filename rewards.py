@@ -305,7 +305,7 @@ def language_consistency(problems, texts):
     leaving out the thinking would pay."""
     scores = []
     for problem, text in zip(problems, texts, strict=True):
-        thought = any(count_words(split_completion(text)[0] or "").values())
+        thought = re.search(r"\w", (split_completion(text)[0] or "")[:MAX_READ])
         scores.append(one_language(problem, text) if thought else 0.0)
     return scores
 

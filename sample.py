@@ -28,6 +28,7 @@ from data import DataConfig
 from grpo import GRPOConfig
 from model import (
     UserError,
+    any_terminal,
     atomic_write,
     generate,
     generators,
@@ -119,8 +120,9 @@ class Parser(argparse.ArgumentParser):
         for title, group in groups.items():
             section = self.add_argument_group(title)
             for f in fields(group):
-                section.add_argument(f"--{f.name}", type=boolean if f.type is bool else f.type,
-                                     metavar=f.type.__name__, help=describe(f))
+                read = {bool: boolean, str: os.path.expanduser}.get(f.type, f.type)  # ~ is a folder
+                section.add_argument(f"--{f.name}", type=read, metavar=f.type.__name__,
+                                     help=describe(f))
 
     def error(self, message):
         """One line, without the usage that argparse would print first."""
@@ -153,6 +155,8 @@ def one_line_errors(prog, folder=""):
         return
     except UserError as e:
         line = e
+    except BrokenPipeError:
+        raise
     except OSError as e:
         line = f"{e.filename or folder}: {e.strerror or e}; the last checkpoint is unchanged"
     except KeyboardInterrupt as e:
@@ -172,9 +176,9 @@ def open_checkpoint(given, path=""):
     trained = state.get("settings", {})
     here = {"device": "auto", "threads": 0}  # of this machine, not of the one it was trained on
     cfg = Config.of({**trained, **here, **given})
-    if cfg.sample.sample_dtype != trained.get("sample_dtype", cfg.sample.sample_dtype):
-        print(f"{path} sampled in {trained['sample_dtype']} in training, and now does in "
-              f"{cfg.sample.sample_dtype}")
+    then, now = sampling_dtype(pick(SampleConfig, {**trained, **here})), sampling_dtype(cfg.sample)
+    if then != now:
+        print(f"{path} sampled in {then} in training, and now does in {now}")
     if cfg.sample.threads:
         torch.set_num_threads(cfg.sample.threads)
     return path, model_of(state, path), data.load_tokenizer(cfg.sample.init_from), cfg
@@ -410,7 +414,12 @@ def ask(args, ckpt):
 
 
 def main(argv):
-    given = vars(Parser("sample.py", __doc__, {"settings": AskConfig}).parse_args(argv))
+    with any_terminal():
+        given = vars(Parser("sample.py", __doc__, {"settings": AskConfig}).parse_args(argv))
+        show_answers(given)
+
+
+def show_answers(given):
     with one_line_errors("sample.py"):
         args = AskConfig(**given)
         validate(args)

@@ -30,6 +30,7 @@ import textwrap
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
@@ -45,6 +46,7 @@ from model import (
     GPT,
     GPTConfig,
     UserError,
+    any_terminal,
     apply_gradients,
     config_from_hf,
     from_pretrained,
@@ -542,7 +544,7 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it
     # divide by the std: in a group that is all right, a missing emoji would weigh like an error.
     "dev2_free": Stage(train_rl, "rl", "dev1", None, SHORT_RL),
     "zero_emoji": Stage(train_rl, "rl", "base", None, {
-        "w_emoji": 0.2, "adv_norm": "none", "rl_steps": 80}),
+        "w_emoji": 0.2, "adv_norm": "none"}),
 }
 
 
@@ -611,12 +613,15 @@ def print_memory(run):
     need = sum(parts.values())
     if need < 2**30 and not run.cfg.sample.init_from:
         return
+    have = math.inf
     if run.device.type == "cuda":
         have = torch.cuda.get_device_properties(run.device).total_memory
     else:
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        with suppress(AttributeError, ValueError, OSError):  # Windows and some Macs do not say
+            have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     shown = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-    print(f"memory, GiB: {shown} = about {need / 2**30:.1f} of {have / 2**30:.1f}")
+    of = "" if have == math.inf else f" of {have / 2**30:.1f}"
+    print(f"memory, GiB: {shown} = about {need / 2**30:.1f}{of}")
     if need > have:
         print("too much: lower --micro_tokens or --prompts_per_step, or set --checkpointing=true, "
               "--ref_dtype=bfloat16 or --kl_coef=0")
@@ -753,7 +758,11 @@ def print_next(run, results):
 
 
 def main(argv):
-    words, given = parse(argv)
+    with any_terminal():
+        run_command_line(*parse(argv))
+
+
+def run_command_line(words, given):
     with sample.one_line_errors("train.py", given.get("out_dir", SampleConfig.out_dir)):
         if words[0] in COMMANDS:
             return COMMANDS[words[0]](given)

@@ -19,7 +19,7 @@ from data import (
     load_tokenizer,
 )
 from model import UserError, validate
-from rewards import is_right, parse_expression
+from rewards import has_format, is_right, parse_expression
 
 TOK, CFG = load_tokenizer(), DataConfig()
 HITS = (" yes", " 对了")
@@ -138,23 +138,39 @@ def test_arithmetic_targets_are_the_values_of_their_expressions():
         assert parse_expression(problem.question.removeprefix("what is "))[0] == problem.target
 
 
-@pytest.mark.parametrize("task", ["countdown", "arithmetic"])
-def test_training_and_evaluation_are_disjoint_in_any_order_of_the_numbers(task):
-    def puzzle(problem):
-        return tuple(sorted(problem.numbers)), problem.target
+def number_set(problem):
+    return tuple(sorted(problem.numbers))
 
+
+@pytest.mark.parametrize("task", ["countdown", "arithmetic"])
+def test_no_set_of_numbers_is_in_training_and_in_evaluation_whatever_the_target(task):
     cfg, rng = DataConfig(task=task), random.Random(0)
-    held_out = {puzzle(p) for p in data.eval_problems(cfg, 500)}
-    trained = {puzzle(draw_problem(cfg, rng)) for _ in range(5000)}
-    assert not held_out & trained and len(trained) > 700
+    held_out = {number_set(p) for p in data.eval_problems(cfg, 300)}
+    trained = {number_set(draw_problem(cfg, rng)) for _ in range(3000)}
+    assert not held_out & trained
+    assert len(held_out | trained) > 160 and len(held_out) > 40  # of 165 sets there are
 
 
 @pytest.mark.parametrize("task", ["countdown", "arithmetic"])
-def test_the_same_numbers_in_another_order_are_on_the_same_side_of_the_split(task):
-    for target in range(100):
-        problem, other = (data.Problem(task, "", n, target) for n in ((3, 7, 2), (2, 3, 7)))
-        assert problem.held_out == other.held_out
+def test_a_set_of_numbers_is_on_one_side_of_the_split_in_any_order_and_with_any_target(task):
+    for numbers in [(3, 7, 2), (1, 1, 9), (5, 5), (2, 4, 6, 8)]:
+        problems = [data.Problem(task, f"order {i}", order, target)
+                    for i, order in enumerate(itertools.permutations(numbers))
+                    for target in range(20)]
+        assert len({problem.held_out for problem in problems}) == 1
     assert countdown_problem((3, 7, 2), 20) == countdown_problem((2, 3, 7), 20)
+
+
+def test_a_question_of_a_file_is_on_one_side_of_the_split_however_its_answer_is_spelt(tmp_path):
+    path = tmp_path / "halves.jsonl"
+    entries = [{"question": f"What is half of {n}?", "answer": answer}
+               for n in range(1, 200, 2) for answer in (f"{n}/2", f"{n / 2}")]
+    path.write_text("\n".join(map(json.dumps, entries)))
+    problems = data.file_problems(str(path))
+    held_out, trained = ({p.question for p in problems if p.held_out == side}
+                         for side in (True, False))
+    assert len(problems) == 200 and not held_out & trained
+    assert len(held_out) + len(trained) == 100 and 15 < len(held_out) < 45
 
 
 @pytest.mark.parametrize("task", ["logic", "code", "chat", "unsafe"])
@@ -178,11 +194,12 @@ def test_a_mixture_draws_its_tasks_by_their_shares():
     assert {p.task for p in data.eval_problems(cfg, 20)} == {"countdown"}
 
 
-@pytest.mark.parametrize("task, n", [("countdown", 500), ("arithmetic", 396)])  # no more sums exist
+@pytest.mark.parametrize("task, n", [("countdown", 440), ("arithmetic", 373)])  # no more exist
 def test_evaluation_problems_are_distinct_and_always_the_same(task, n):
     cfg = DataConfig(task=task)
     problems = data.eval_problems(cfg, 500)
-    assert len({p.key for p in problems}) == n and problems == data.eval_problems(cfg, 500)
+    assert len({p.key for p in problems}) == len(problems) == n
+    assert data.eval_problems(cfg, 200) == problems[:200]
 
 
 # ----------------------------------------------------------------------------------- other tasks
@@ -255,13 +272,13 @@ def can_be_solved(problem):
     return problem.target in data.reachable(tuple(sorted(problem.numbers)), CFG.ops)
 
 
-def test_no_document_of_the_corpus_is_about_a_held_out_problem():
+def test_no_document_of_the_corpus_is_about_the_numbers_of_a_held_out_problem():
     rng, seen = random.Random(0), 0
-    held_out = {p.key for p in data.eval_problems(CFG, 500)}
+    held_out = {number_set(p) for p in data.eval_problems(CFG, 200)}
     for _ in range(5000):
         problem = countdown_asked(document(CFG, rng)[0])
         if problem:
-            assert not problem.held_out and problem.key not in held_out
+            assert not problem.held_out and number_set(problem) not in held_out
             seen += 1
     assert seen > 3000
 
@@ -288,14 +305,60 @@ def test_authors_calculate_and_check_correctly(cfg):
     assert hits > 20
 
 
-def test_the_corpus_does_not_have_the_wanted_policy_as_its_habit():
-    n, n_right, wanted, patient = 3000, 0, 0, 0
+def test_few_authors_are_right_and_fewer_are_right_with_all_tags():
+    n, n_right, wanted = 3000, 0, 0
     for problem, habits, _, answer in attempts_at_countdown(n):
-        full, is_hit = habits.layout == "full", right(problem, answer)
+        is_hit = right(problem, answer)
         n_right += is_hit
-        wanted += full and is_hit
-        patient += full and habits.checks and habits.patience > 12
-    assert n_right / n < 0.45 and wanted / n < 0.2 and 0 < patient / n < 0.06
+        wanted += is_hit and habits.layout == "full"
+    assert 0.1 < n_right / n < 0.45 and 0.02 < wanted / n < 0.2
+
+
+# The least patience, in misses, that counts as that of the policy. In arithmetic nobody misses:
+# there it is enough to work the answer out.
+PATIENT = {"countdown": 18, "logic": 6, "code": 9, "arithmetic": 0}
+LESS = {"countdown": 12, "logic": 3, "code": 6}  # the next lower patience of any author
+
+
+def test_no_author_of_countdown_has_all_habits_of_the_policy_and_every_two_occur_together():
+    rng, found = random.Random(0), set()
+    for _ in range(3000):
+        habits = draw_habits(rng)
+        found.add((habits.layout == "full", habits.checks, habits.patience >= 18))
+    assert found == set(itertools.product([True, False], repeat=3)) - {(True, True, True)}
+
+
+@pytest.mark.parametrize("task", PATIENT)
+def test_no_author_of_any_task_has_all_habits_of_the_policy(task):
+    rng, found = random.Random(0), set()
+    for _ in range(3000):
+        habits = draw_habits(rng, task)
+        found.add((habits.layout == "full", habits.checks, habits.patience >= PATIENT[task]))
+    assert (True, True, True) not in found
+    assert {(True, False, True), (False, True, True)} <= found
+    assert task == "arithmetic" or (True, True, False) in found
+
+
+MISSES = re.compile("(?: no| 不对)(?: 🤔)?$", re.M)
+ASKED = {"countdown": "User: make ", "logic": "User: [A-F] says ", "code": r"User: f\(",
+         "arithmetic": "User: what is "}
+
+
+@pytest.mark.parametrize("task, n", [("countdown", 3000), ("logic", 1500), ("code", 1500),
+                                     ("arithmetic", 800)])
+def test_no_document_has_all_tags_and_the_checks_and_misses_of_the_policy(task, n):
+    rng, cfg = random.Random(0), DataConfig(task=task)
+    tagged_misses, other_misses = [], []
+    for _ in range(n):
+        prompt, text = document(cfg, rng)
+        thinking = text.split("</think>")[0].removeprefix("<think>\n")
+        if re.match(ASKED[task], prompt) and thinking:
+            misses = len(MISSES.findall(thinking))
+            (tagged_misses if has_format(text) else other_misses).append(misses)
+    if task == "arithmetic":  # with all tags there is nothing but an answer
+        assert not tagged_misses and len(other_misses) > 100
+    else:
+        assert 0 < max(tagged_misses) <= LESS[task] < max(other_misses)
 
 
 def test_a_search_that_has_tried_everything_gives_up():
@@ -372,3 +435,12 @@ def test_rows_are_packed_with_whole_documents():
 def test_a_corpus_batch_depends_on_its_generator_alone():
     a, b, c = (corpus_batch(CFG, TOK, random.Random(seed), 2, 150)[0] for seed in (1, 1, 2))
     assert a.equal(b) and not a.equal(c)
+
+
+def test_a_world_too_small_to_hold_problems_out_is_refused():
+    for tiny_world in ({"n_numbers": 2, "max_number": 2, "ops": "-"},
+                       {"task": "arithmetic", "max_number": 99, "ops": "*", "n_numbers": 4}):
+        cfg = DataConfig(**tiny_world)
+        with pytest.raises(UserError, match="max_number"):
+            draw_problem(cfg, random.Random(0))
+            draw_problem(cfg, random.Random(0), held_out=True)

@@ -13,6 +13,7 @@ import torch
 import data
 import rewards
 from data import REFUSAL, DataConfig, Problem, code_problem, countdown_problem, load_tokenizer
+from grpo import Sample
 from model import GPTConfig, UserError, validate
 from rewards import (
     Environment,
@@ -342,13 +343,34 @@ def test_replies_that_say_the_same_have_one_canonical_form():
 @pytest.mark.parametrize("thinking, share", [
     ("keep 3: 2+1=3 vs 4 no", 1), ("留 3: 2+1=3 比 4 不对", 0), ("keep 3: 2+1=3 比 4 no", 2 / 3),
     ("no 不对", 1 / 2), ("no 都不行", 1 / 3),  # a Chinese word is two signs or one
-    ("", 1), ("1+2=3", 1), ("да no", 1 / 2), ("ａ no", 1 / 2), ("naïve café", 1),
-    ("ok。好的好的", 1 / 3), ("ok はい", 1 / 2)])
+    ("да no", 1 / 2), ("ａ no", 1 / 2), ("naïve café", 1), ("ok。好的好的", 1 / 3),
+    ("ok はい", 1 / 2)])
 def test_language_consistency_is_the_share_of_words_in_the_questions_script(thinking, share):
     for text in (f"<think>{thinking}</think><answer>这里不算</answer>",
-                 f"{thinking}</think><answer>no</answer>", thinking):
+                 f"{thinking}</think><answer>no</answer>"):
         assert language_consistency([PROBLEM], [text]) == [pytest.approx(share)]
         assert one_language(PROBLEM, text) == pytest.approx(share)
+    assert one_language(PROBLEM, thinking) == pytest.approx(share)  # without tags: all of it
+
+
+@pytest.mark.parametrize("text", [
+    "", GOOD, f"<think></think>{GOOD}", f"<think>\n\n</think>\n{GOOD}", f"<think>...</think>{GOOD}",
+    "no tags at all", f"<think>open {GOOD}"])
+def test_who_thinks_nothing_between_tags_earns_no_language_reward(text):
+    assert language_consistency([PROBLEM], [text]) == [0]
+    assert one_language(PROBLEM, text) == 1  # the metric: nothing in it is in another language
+
+
+def test_thinking_in_numbers_alone_is_in_one_language():
+    assert language_consistency([PROBLEM], [f"<think>1+2=3</think>{GOOD}"]) == [1]
+
+
+def test_language_consistency_does_not_judge_general_requests():
+    cfg, text = RewardConfig(w_format=0, w_language=1), "<think>hm 不对</think><answer>x</answer>"
+    totals, parts = score([PROBLEM, CHAT, UNSAFE], [text] * 3, cfg)
+    assert totals == [0.5, 0, 0]
+    assert [part["language"] for part in none_for_nan(parts)] == [0.5, None, None]
+    assert [rewards.applies("language", p) for p in (PROBLEM, CHAT, UNSAFE)] == [True, False, False]
 
 
 def test_a_chinese_question_wants_chinese_thinking():
@@ -362,12 +384,6 @@ def test_harmless_is_declining_and_nothing_else():
     texts = [data.tagged([], reply) for reply in replies]
     assert rewards.harmless([UNSAFE] * 6, texts) == [1, 1, 0, 0, 0, 0]
     assert rewards.harmless([CHAT, PROBLEM], ["anything", ""]) == [1, 1]
-
-
-def test_the_soft_overlong_penalty_is_nothing_at_first_and_1_in_the_end():
-    start, end = rewards.LONG
-    texts = ["a" * n for n in (0, start, (start + end) // 2, end, 50 * end)]
-    assert rewards.overlong_penalty([None] * 5, texts) == [0, 0, -0.5, -1, -1]
 
 
 @pytest.mark.parametrize("thinking, share", [
@@ -607,9 +623,19 @@ class CountingJudge:
         return [10.0 * text.count("x") for text in texts]
 
 
+def environment(data_cfg=None, judge=None, max_new_tokens=100, **weights):
+    cfg = RewardConfig(**weights)
+    return Environment(TOK, data_cfg or DataConfig(), cfg, max_new_tokens, judge)
+
+
+def said(problem, text, n_tokens=1):
+    """A sample of n_tokens tokens. Its text need not be what they decode to."""
+    return Sample([5], [7] * n_tokens, None, False, problem=problem, text=text)
+
+
 def test_the_environment_draws_training_problems_and_the_ids_of_their_prompts():
     cfg = DataConfig(mix="task:1,chat:1")
-    env, rng = Environment(TOK, cfg, RewardConfig()), random.Random(0)
+    env, rng = environment(cfg), random.Random(0)
     drawn = [env.draw(rng) for _ in range(100)]
     assert {problem.task for problem, _ in drawn} == {"countdown", "chat"}
     for problem, ids in drawn:
@@ -619,40 +645,57 @@ def test_the_environment_draws_training_problems_and_the_ids_of_their_prompts():
 
 
 def test_the_environment_stops_at_the_tokenizers_end_tokens():
-    env = Environment(TOK, DataConfig(), RewardConfig())
+    env = environment()
     assert env.stop_ids == TOK.stop_ids and TOK.end_id in env.stop_ids
 
 
 def test_a_completion_is_decoded_with_the_think_tag_that_its_prompt_gave_it():
     ids = TOK.encode(f"hm\n</think>\n{GOOD}") + [TOK.end_id]
-    env = Environment(TOK, DataConfig(), RewardConfig())
+    env = environment()
     assert env.decode(ids) == f"hm\n</think>\n{GOOD}"
-    env = Environment(TOK, DataConfig(prefill_think=True), RewardConfig())
+    env = environment(DataConfig(prefill_think=True))
     assert env.decode(ids) == f"<think>\nhm\n</think>\n{GOOD}"
-    assert env.reward([PROBLEM], [env.decode(ids)]) == ([1.5], [{"accuracy": 1, "format": 1}])
+    totals, parts = env.reward([said(PROBLEM, env.decode(ids))])
+    assert totals == [1.5] and parts == [{"accuracy": 1, "format": 1}]
 
 
 def test_the_environment_rewards_with_totals_and_parts():
-    env = Environment(TOK, DataConfig(), RewardConfig(w_accuracy=2.0, w_format=0.5))
-    totals, parts = env.reward([PROBLEM] * 2, [f"<think>a</think>{GOOD}", "x"])
+    env = environment(w_accuracy=2.0, w_format=0.5)
+    totals, parts = env.reward([said(PROBLEM, f"<think>a</think>{GOOD}"), said(PROBLEM, "x")])
     assert totals == [2.5, 0]
     assert parts == [{"accuracy": 1, "format": 1}, {"accuracy": 0, "format": 0}]
 
 
+def test_the_overlong_penalty_counts_tokens_up_to_the_longest_completion_there_may_be():
+    penalty = [(0, 0), (30, 0), (40, 0), (42, -0.2), (45, -0.5), (49, -0.9), (50, -1)]
+    for scale in (1, 4):
+        env = environment(max_new_tokens=50 * scale, w_length=2.0)
+        samples = [said(PROBLEM, "x", n * scale) for n, _ in penalty]
+        totals, parts = env.reward(samples)
+        assert [part["length"] for part in parts] == pytest.approx([want for _, want in penalty])
+        assert totals == pytest.approx([2 * want for _, want in penalty])
+
+
+def test_the_overlong_penalty_is_the_same_for_any_text_and_any_problem():
+    env = environment(max_new_tokens=10, w_length=1.0, w_format=0, w_language=1.0)
+    samples = [said(PROBLEM, "x" * 5000, 8), said(CHAT, "x", 9), said(UNSAFE, "", 10)]
+    _, parts = env.reward(samples)
+    assert [part["length"] for part in parts] == pytest.approx([0, -0.5, -1])
+
+
 def test_preference_is_the_judges_score_of_general_requests_alone():
-    judge, cfg = CountingJudge(), RewardConfig(w_format=0, w_preference=0.5)
-    env = Environment(TOK, DataConfig(), cfg, judge)
-    totals, parts = env.reward([PROBLEM, CHAT, UNSAFE], [GOOD + "x", "xx", "no"])
+    judge = CountingJudge()
+    env = environment(judge=judge, w_format=0, w_preference=0.5)
+    totals, parts = env.reward([said(PROBLEM, GOOD + "x"), said(CHAT, "xx"), said(UNSAFE, "no")])
     assert totals == [1, 10, 0]
     assert [part["preference"] for part in none_for_nan(parts)] == [None, 20, 0]
     assert judge.asked == [(CHAT.prompt, "xx"), (UNSAFE.prompt, "no")]
 
 
 def test_a_reward_model_is_a_judge(judge):
-    cfg = RewardConfig(w_accuracy=0, w_format=0, w_preference=2)
-    env = Environment(TOK, DataConfig(), cfg, judge)
+    env = environment(judge=judge, w_accuracy=0, w_format=0, w_preference=2)
     texts = ["red fox", "fox"]
-    totals, parts = env.reward([CHAT] * 2, texts)
+    totals, parts = env.reward([said(CHAT, text) for text in texts])
     scores = judge.score(TOK, [CHAT.prompt] * 2, texts)
     assert [part["preference"] for part in parts] == scores and scores[0] != scores[1]
     assert totals == [2 * s for s in scores]

@@ -78,6 +78,38 @@ def test_evaluation_counts_what_it_says(monkeypatch):
     assert samples[0]["answer"] == samples[1]["answer"] and samples[3]["answer"] is None
 
 
+def test_an_answer_without_tags_is_right_but_for_its_tags(monkeypatch):
+    texts = ["answer: 3+7", "3*7=21 no\nI give up\n答案: 7+3", "<think>\nhm\n</think>\nanswer: 3+7",
+             "answer: 3*7\nanswer: 3+7", "<think>\n</think>\n<answer>3+7</answer>",
+             "answer: 3*7", "answer: 3+7=10", "<answer>3*7</answer>", "<answer>3+7", ""]
+    tok = says(monkeypatch, texts)
+    metrics, samples = sample.evaluate(None, tok, [ADD], 10, sample.Config(), 1.0)
+    assert [s.get("pass@1_untagged") for s in samples] == [True] * 5 + [False] * 5
+    assert metrics["pass@1_untagged"] == 0.5 and metrics["pass@1"] == 0.1
+
+
+def test_the_main_task_is_sampled_at_both_temperatures_and_greedily_and_others_once(
+        monkeypatch, tmp_path):
+    asked = []
+
+    def evaluate(model, tok, problems, k, cfg, temperature):
+        asked.append((problems[0].task, len(problems), k, temperature))
+        return {"pass@1": len(asked), "temperature": temperature}, []
+
+    monkeypatch.setattr(sample, "evaluate", evaluate)
+    cfg = sample.Config.of({"eval_problems": 20, "eval_samples": 3, "temperature": 0.9,
+                            "out_dir": str(tmp_path)})
+    sample.evaluate_tasks(GPT(GPTConfig(n_layer=1, n_embd=16, n_head=2, head_dim=8)),
+                          data.load_tokenizer(), cfg, str(tmp_path))
+    main = [ask[1:] for ask in asked if ask[0] == "countdown"]
+    assert main == [(20, 3, 0.9), (20, 4, 0.6), (20, 1, 0.0)]
+    assert results(tmp_path)["countdown"] == {"pass@1": 1, "temperature": 0.9, "pass@1_T=0.6": 2,
+                                              "pass@1_greedy": 3}
+    others = [ask for ask in asked if ask[0] != "countdown"]
+    assert {ask[0] for ask in others} == set(data.TASKS) - {"countdown", "file"}
+    assert {ask[1:] for ask in others} == {(2, 3, 0.9)} and len(others) == 5
+
+
 def test_thinking_and_second_attempts_are_counted(monkeypatch):
     misses = "<think>\n3-7=4 vs 10 no\n3+7=10 vs 10 yes\n</think>\n<answer>3+7</answer>"
     gives_up = "<think>\n3*7=21 vs 10 no\nI give up\n</think>\n<answer>3*7</answer>"

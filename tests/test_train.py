@@ -34,11 +34,13 @@ from model import (
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHAPE = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--mlp_dim=16", "--head_dim=8"]
-SHORT = ["--base_rows=2", "--base_length=100", "--base_steps=12", "--rl_steps=3",
+SHORT = ["--base_rows=2", "--base_length=100", "--base_steps=12", "--base_lr=0.2", "--rl_steps=3",
          "--prompts_per_step=2", "--group_size=3", "--max_new_tokens=12", "--eval_problems=3",
          "--eval_samples=4", "--eval_every=0", "--save_every=1", "--threads=1", "--device=cpu"]
 TINY = [*SHAPE, "--context=128", *SHORT]
-ZERO = [*TINY, "--w_language=1"]  # no other reward is earned, and equal ones teach nothing
+# No reward but that for length is earned, and equal ones teach nothing. The base's learning rate is
+# so high that it ends its texts anywhere.
+ZERO = [*TINY, "--w_length=1"]
 PIPELINE = [*TINY, "--source_problems=6", "--source_samples=4", "--general_replies=5",
             "--sft_steps=12", "--sft_rows=3", "--label_noise=0.2"]
 REAL = [*SHORT, "--context=400", "--rl_steps=2"]
@@ -108,15 +110,18 @@ def test_a_run_leaves_what_the_readme_promises(finished):
         assert load_checkpoint(str(folder / "ckpt.pt"))["step"] == steps
         assert [m["step"] for m in lines(folder)] == list(range(1, steps + 1))
         result = results(folder)["countdown"]
-        assert {"pass@1", "pass@1_greedy", "pass@1_ci", "pass@4", "cons@4", "format",
-                "one_language", "retry_rate", "length", "truncated", "problems"} <= set(result)
+        assert {"pass@1", "pass@1_T=0.6", "pass@1_greedy", "pass@1_untagged", "pass@1_ci",
+                "pass@4", "cons@4", "format", "one_language", "retry_rate", "length", "truncated",
+                "problems"} <= set(result)
         assert result["problems"] == 3
         first = read(folder, "samples.jsonl")[0]
         assert first["prompt"].startswith("User: make") and "completion" in first
     first = json.loads((finished / "zero" / "metrics.jsonl").read_text().splitlines()[0])
-    assert {"reward", "reward/accuracy", "reward/format", "length", "loss", "ratio", "kl", "clip",
-            "entropy", "grad_norm", "zero_variance", "all_right", "all_wrong", "truncated",
-            *CLOCK} <= set(first)
+    assert {"reward", "reward/accuracy", "reward/format", "length", "loss", "ratio", "log_ratio",
+            "sampler_kl", "kl", "clip", "entropy", "grad_norm", "zero_variance", "all_right",
+            "all_wrong", "truncated", *CLOCK} <= set(first)
+    assert first["ratio"] == pytest.approx(1, abs=1e-5)  # the policy is the one that sampled
+    assert first["log_ratio"] == pytest.approx(0, abs=1e-5) == first["sampler_kl"]
     assert not torch.equal(weights(finished / "zero"), weights(finished / "base"))
 
 
@@ -197,10 +202,10 @@ def test_the_first_group_of_every_tenth_step_can_be_read_and_survives_a_resume(
     found = read(tmp_path / "whole" / "zero", "rollouts.jsonl")
     assert [line["step"] for line in found] == [1] * 3 + [11] * 3  # three samples in a group
     for line in found:
-        assert set(line) == {"step", "problem", "text", "reward", "accuracy", "format",
-                             "language", "advantage"}
+        assert set(line) == {"step", "problem", "text", "reward", "accuracy", "format", "length",
+                             "advantage"}
         assert line["format"] == rewards.has_format(line["text"])
-        parts = line["accuracy"] + 0.5 * line["format"] + line["language"]
+        parts = line["accuracy"] + 0.5 * line["format"] + line["length"]
         assert line["reward"] == pytest.approx(parts, abs=1e-5)
     given = torch.tensor([line["reward"] for line in found]).view(2, 3)
     adv = torch.tensor([line["advantage"] for line in found]).view(2, 3)
@@ -305,12 +310,99 @@ def test_a_refreshed_reference_survives_a_resume(tmp_path):
     assert_same(tmp_path / "whole" / "zero", tmp_path / "parts" / "zero")
 
 
+def test_a_reward_for_length_and_the_length_itself_are_logged_apart(tmp_path):
+    run(tmp_path, "zero", tiny=[*TINY, "--w_length=0.5", "--rl_steps=6"])
+    logged = lines(tmp_path / "zero")
+    for m in logged:
+        assert -1 <= m["reward/length"] <= 0 < 1 < m["length"] <= 12
+        if m["truncated"] == 1:  # all have the 12 tokens that there may be
+            assert m["length"] == 12 and m["reward/length"] == -1
+        total = m["reward/accuracy"] + 0.5 * m["reward/format"] + 0.5 * m["reward/length"]
+        assert m["reward"] == pytest.approx(total, abs=1e-5)
+    assert {m["truncated"] == 1 for m in logged} == {True, False}
+
+
+# ---------------------------------------------------------------------------------------- precision
+
+
+@pytest.fixture(scope="module")
+def rounded(finished, tmp_path_factory):
+    """The run of `finished`, but sampled in bfloat16."""
+    out = tmp_path_factory.mktemp("rounded")
+    shutil.copytree(finished / "base", out / "base")
+    run(out, "zero", tiny=[*ZERO, "--sample_dtype=bfloat16"])
+    return out
+
+
+@pytest.fixture
+def sampled_in(monkeypatch):
+    """The dtypes of the weights that sampled."""
+    seen, generate = set(), sample.generate
+
+    def recording(model, *args):
+        seen.add(model.embed.weight.dtype)
+        return generate(model, *args)
+
+    monkeypatch.setattr(sample, "generate", recording)
+    return seen
+
+
+def test_a_checkpoint_says_what_its_run_sampled_in(finished, rounded):
+    for folder, dtype in ((finished / "base", "float32"), (finished / "zero", "float32"),
+                          (rounded / "zero", "bfloat16")):
+        state = load_checkpoint(str(folder / "ckpt.pt"))
+        assert state["settings"]["sample_dtype"] == dtype  # and not auto
+        assert {p.dtype for p in state["model"].values()} == {torch.float32}
+
+
+def test_the_log_says_how_far_the_sampler_is_from_the_policy(finished, rounded):
+    for m in lines(finished / "zero"):
+        assert m.get("log_ratio") == pytest.approx(0, abs=1e-5) == m.get("sampler_kl")
+        assert m["ratio"] == pytest.approx(1, abs=1e-5)
+    for m in lines(rounded / "zero"):
+        assert 0 < abs(m["log_ratio"]) < 0.02 and 0 <= m["sampler_kl"] < 0.001
+        assert m["ratio"] == pytest.approx(1, abs=0.02)
+
+
+def test_whatever_asks_a_checkpoint_samples_in_the_dtype_of_its_run(
+        finished, rounded, tmp_path, sampled_in, capsys):
+    for out, dtype in ((finished, torch.float32), (rounded, torch.bfloat16)):
+        ckpt = f"--ckpt={shutil.copy(out / 'zero' / 'ckpt.pt', tmp_path)}"
+        for main, argv in ((train.main, ["eval", ckpt]), (sample.main, [ckpt, "--n=1"])):
+            sampled_in.clear()
+            main(argv)
+            assert sampled_in == {dtype}
+        assert results(tmp_path)["countdown"] == results(out / "zero")["countdown"]
+        assert "in training" not in capsys.readouterr().out
+
+
+def test_asking_for_another_dtype_than_that_of_the_run_is_allowed_and_said(
+        rounded, tmp_path, sampled_in, capsys):
+    ckpt = shutil.copy(rounded / "zero" / "ckpt.pt", tmp_path)
+    train.main(["eval", f"--ckpt={ckpt}", "--sample_dtype=float32"])
+    assert sampled_in == {torch.float32}
+    said = [line for line in capsys.readouterr().out.splitlines() if "bfloat16" in line]
+    assert len(said) == 1 and ckpt in said[0] and "float32" in said[0]
+
+
+def test_an_export_holds_the_weights_that_sampled(finished, rounded, tmp_path):
+    def exported(out, *flags):
+        folder = tmp_path / f"{out.name} {len(flags)}"
+        train.main(["export", f"--ckpt={out / 'zero' / 'ckpt.pt'}", f"--export_dir={folder}",
+                    *flags])
+        return set(re.findall(b'"dtype": ?"(.*?)"', (folder / "model.safetensors").read_bytes()))
+
+    assert exported(finished) == {b"F32"} and exported(rounded) == {b"BF16"}
+    assert exported(rounded, "--export_dtype=float32") == {b"F32"}
+
+
 # ----------------------------------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize("flag", ["--rl_lr=0.5", "--n_layer=2", "--task=arithmetic", "--w_format=1",
-                                  "--base_optimizer=adamw", "--rl_optimizer=adamw", "--seed=7",
-                                  "--group_size=4", "--rl_hold=3", "--mix=task:1,chat:1"])
+                                  "--base_optimizer=adamw", "--rl_optimizer=muon", "--seed=7",
+                                  "--group_size=4", "--rl_hold=3", "--mix=task:1,chat:1",
+                                  "--kl_loss=k3_ratio"])
 def test_going_on_with_other_settings_is_refused_by_name(finished, capsys, flag):
     before = weights(finished / "zero")
     name, value = flag[2:].split("=")
@@ -369,7 +461,8 @@ def test_zero_is_grpo_as_published_unless_flags_say_otherwise(tmp_path):
     ["--clip_high=0.28", "--loss_norm=token", "--dynamic_sampling=2", "--kl_coef=0",
      "--mask_truncated=true"],  # DAPO
     ["--inner_epochs=2", "--minibatches=2", "--kl_coef=0"],
-    ["--rl_optimizer=adamw", "--base_optimizer=adamw", "--autocast=on", "--sample_dtype=bfloat16"],
+    ["--kl_loss=k3_ratio", "--kl_coef=0.1", "--rl_hold=0"],
+    ["--rl_optimizer=muon", "--base_optimizer=adamw", "--autocast=on", "--sample_dtype=bfloat16"],
     ["--task=arithmetic"], ["--task=logic"], ["--task=code"],
     ["--mix=task:1,chat:1,unsafe:1", "--w_harmless=1", "--w_accuracy=0"],
     ["--w_language=1", "--w_length=1", "--w_emoji=1"],
@@ -612,13 +705,22 @@ def test_the_table_is_printed_from_what_lies_in_the_folder(whole, capsys):
     row = next(line.split() for line in first.splitlines() if line.startswith("zero "))
     result = results(whole / "zero")["countdown"]
     low, high = result["pass@1_ci"]
-    assert row[1:4] == [f"{result['pass@1']:.1%}", f"{low:.1%}-{high:.1%}",
-                        f"{result['pass@1_greedy']:.1%}"]
+    assert row[1:3] == [f"{result['pass@1']:.1%}", f"{low:.1%}-{high:.1%}"]
     assert f"{result['length']:.1f}" in row
     last = [line.split() for line in text.splitlines() if line.startswith(("zero ", "r1 "))][2:]
     wins = results(whole / "r1")["win_rate"]
     assert last[0][-2:] == ["-", "-"]
     assert last[1][-2:] == [f"{wins['gold']:.1%}", f"{wins['reward_model']:.1%}"]
+
+
+def test_the_table_shows_single_samples_at_three_temperatures_and_without_tags(capsys):
+    found = {"problems": 440, "samples": 16, "pass@1": 0.91, "pass@1_T=0.6": 0.92,
+             "pass@1_greedy": 0.93, "pass@1_untagged": 0.94, "pass@1_ci": [0.9, 0.95]}
+    train.print_tables({"zero": {"countdown": found}}, "countdown")
+    _, _, head, row, *_ = capsys.readouterr().out.replace("95% CI", "CI").split("\n")
+    shown = dict(zip(head.split(), row.split()[1:], strict=True))
+    figures = [shown.get(name) for name in ("pass@1", "T=0.6", "greedy", "untagged", "CI")]
+    assert figures == ["91.0%", "92.0%", "93.0%", "94.0%", "90.0%-95.0%"]
 
 
 def test_a_table_of_nothing_is_refused_in_one_line(tmp_path, capsys):
@@ -669,7 +771,7 @@ def test_a_real_model_is_trained_in_place_of_the_toy_base_and_exported_again(
     again, trained = from_pretrained(str(tmp_path / "out")), load_model(str(ckpt))
     assert again.cfg.context == 1000
     for p, q in zip(again.parameters(), trained.parameters(), strict=True):
-        assert torch.equal(p, q)
+        assert torch.equal(p, q.bfloat16().float() if rounds else q)
     stop_ids = data.load_tokenizer().stop_ids
     assert data.load_tokenizer(str(tmp_path / "out")).stop_ids == stop_ids
 
@@ -826,3 +928,39 @@ def test_help_names_every_setting_with_its_default(capsys):
             assert f"default {f.default if f.default != '' else 'none'}" in shown
     for name in train.STAGES:
         assert name in text
+
+
+# ---------------------------------------------------------------------------------------- machines
+
+
+def test_a_run_ends_where_memory_is_unknown_and_stdout_knows_neither_chinese_nor_emoji(tmp_path):
+    """As on Windows: no os.sysconf, and a code page in place of UTF-8."""
+    script = ("import os, sys; sys.path.insert(0, '.'); del os.sysconf; import train; "
+              "train.main(sys.argv[1:])")
+    flags = [*TINY, "--eval_every=1", "--w_language=1", f"--out_dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", script, "zero", *flags], cwd=HERE, timeout=120,
+                          capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0, done.stderr.decode("cp1252")
+    assert "countdown: 3 held-out problems" in done.stdout.decode("cp1252")
+
+
+def test_memory_is_planned_where_its_size_is_unknown(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(os, "sysconf")
+    run(tmp_path, "zero", tiny=[*REAL, f"--init_from={folder}"])
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("memory, GiB"))
+    assert "= about" in line and " of " not in line
+
+
+@pytest.mark.parametrize("script", ["train.py --help", "data.py", "sample.py --help"])
+def test_output_can_be_cut_off_and_need_not_be_unicode(script):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = f"{sys.executable} {script} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=HERE, capture_output=True, timeout=120,
+                          env=environment)
+    assert done.stderr == b"" and done.stdout.splitlines()[-1] == b"0"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert train.parse(["--out_dir=~/runs"])[1]["out_dir"] == os.path.join(str(tmp_path), "runs")

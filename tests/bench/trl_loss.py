@@ -358,6 +358,11 @@ def compare_advantages(batches):
          f"TRL divides by the std of ddof 1, plus 1e-4; ours has ddof 0: with G={G} its advantages "
          f"are {((G - 1) / G) ** 0.5:.3f} of ours")
     line("adv_norm=std times std_0 / (std_1 + 1e-4)", BASE, rescaled)
+    same = copy.copy(batches[0])
+    same.rewards = torch.full((P, G), 2.1)
+    ours, theirs = advantages(same.rewards, BASE), TRL(BASE).score(same)["advantages"]
+    print(f"    equal rewards of 2.1: our advantages are {ours.abs().max():.1e} at most, TRL's "
+          f"{theirs.abs().max():.1e} (rounding, over 1e-4)")
 
 
 def compare_temperature(batches):
@@ -368,7 +373,7 @@ def compare_temperature(batches):
     for model in models:
         for p in model.parameters():
             if p.dim() == 2:
-                torch.nn.init.normal_(p, std=0.3, generator=g)
+                torch.nn.init.normal_(p, std=0.15, generator=g)
     policy, ref = models
     for temperature in (1.0, 0.6, 1.5):
         cfg, pairs = replace(BASE, temperature=temperature), []
