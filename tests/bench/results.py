@@ -22,9 +22,9 @@ import data  # noqa: E402
 
 FILE = os.path.join(ROOT, "assets", "results.json")
 SEEDS = (1, 2, 3)
-ASK = "python sample.py --numbers=4,9,6 --target=30 --n=1"
+ASK = "python sample.py --numbers=3,7,2 --target=20 --n=1"
 LATER = "r1 distill small_zero dev2_free zero_emoji"
-SHOWN_STEPS = (1, 2, 5, 10, 20, 50, 100)
+SHOWN_STEPS = (1, 5, 10, 20, 100)
 RUNS = {}  # name: the commands that make it, the first of which ends with zero
 for seed in SEEDS:
     flags = f"--seed={seed} --threads=1 --out_dir=out{seed}"
