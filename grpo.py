@@ -12,8 +12,8 @@ The words:
     reference    a frozen copy of the policy from before RL
     KL           how far the policy has moved away from the reference (Kullback-Leibler divergence)
 
-Why it works. RL wants a higher expected reward. The reward itself has no gradient: it is computed
-from sampled text. But with pi(o) the policy's probability of a completion o, the product of those
+Why it works. RL wants a higher expected reward. The reward itself has no gradient: it is made of
+sampled text. But with pi(o) the policy's probability of a completion o, the product of those
 of its tokens, the gradient of the expectation can be estimated from samples:
 
     grad E[r] = grad sum_o pi(o) r(o) = sum_o pi(o) r(o) grad log pi(o) = E[r(o) grad log pi(o)]

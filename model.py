@@ -447,8 +447,10 @@ def sampling_copy(model, dtype):
 
 @torch.no_grad()
 def sync_weights(sampler, model):
-    for a, b in zip(sampler.parameters(), model.parameters(), strict=True):
-        a.copy_(b)
+    """Brings a sampling copy up to date."""
+    if sampler is not model:
+        for a, b in zip(sampler.parameters(), model.parameters(), strict=True):
+            a.copy_(b)
 
 
 # ------------------------------------------------------------------------------------------------
