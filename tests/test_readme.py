@@ -95,7 +95,7 @@ def variant(name):
     assert source("grpo.py").count(old) == 1
     module = types.ModuleType("variant")
     sys.modules["variant"] = module  # dataclasses look their module up
-    exec(source("grpo.py").replace(old, new), vars(module))
+    exec(source("grpo.py").replace(old, new), vars(module))  # our own code, one line changed
     return module
 
 
