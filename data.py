@@ -27,8 +27,9 @@ LARGEST = 99  # the toy world counts with 0..99, one token each
 @dataclass
 class DataConfig:
     task: str = opt("countdown", "what RL trains on and most of the corpus is about: countdown, "
-                    "arithmetic, logic or code")
-    mix: str = opt("", "training tasks and their shares, such as task:2,chat:1; none = task alone")
+                    "arithmetic, logic, code, or all: these four alike")
+    mix: str = opt("", "training tasks and their shares, such as task:2,chat:1, where task stands "
+                   "for what --task says; none = that alone")
     n_numbers: int = opt(3, "numbers in a problem", least=2, most=4)
     max_number: int = opt(9, "numbers are drawn from 1 to this", least=2, most=LARGEST)
     ops: str = opt("+-*", "operations a problem may need, from + - * /")
@@ -45,8 +46,8 @@ class DataConfig:
 
     def rules(self):
         """Raises UserError on settings that no problem can be made with."""
-        if self.task not in TASKS:
-            raise UserError(f"task={self.task!r} is not one of {', '.join(TASKS)}")
+        if self.task not in (*TASKS, "all"):
+            raise UserError(f"task={self.task!r} is not one of {', '.join(TASKS)}, all")
         if set(self.ops) - set("+-*/") or not self.ops.strip("/"):
             raise UserError(f"ops={self.ops!r} must be some of + - * /, and not / alone")
         if self.shots and self.template == "toy":
@@ -60,13 +61,19 @@ class DataConfig:
                 raise UserError(f"mix={self.mix!r} must be {', '.join(TASKS)} or task, with "
                                 f"shares, such as task:2,chat:1")
 
+    def tasks(self):
+        """What is trained on, and evaluated in full."""
+        return REASONING if self.task == "all" else (self.task,)
+
     def shares(self):
         """{task: its share of the training problems}; 0 for what is no number."""
         shares = Counter()
         for part in (self.mix or "task").split(","):
             name, _, share = part.strip().partition(":")
             number = re.fullmatch(r"\d{1,6}(\.\d{1,6})?", share or "1")
-            shares[self.task if name == "task" else name] += float(number[0]) if number else 0.0
+            tasks = self.tasks() if name == "task" else (name,)
+            for task in tasks:
+                shares[task] += float(number[0]) / len(tasks) if number else 0.0
         return dict(shares)
 
 
@@ -425,11 +432,11 @@ def draw_problem(cfg, rng, task=None, held_out=False):
 
 
 def eval_problems(cfg, n, task=None):
-    """Up to n distinct held-out problems of `task` (default cfg.task), always the same."""
-    rng, found = random.Random("eval"), {}
-    for _ in range(50 * n):  # a small world may not hold n
+    """Up to n distinct held-out problems of `task`, always the same; by default of cfg.tasks()."""
+    rng, found, tasks = random.Random("eval"), {}, (task,) if task else cfg.tasks()
+    for i in range(50 * n):  # a small world may not hold n
         if len(found) < n:
-            problem = draw_problem(cfg, rng, task or cfg.task, held_out=True)
+            problem = draw_problem(cfg, rng, tasks[i % len(tasks)], held_out=True)
             found.setdefault(problem.key, problem)
     return list(found.values())
 
@@ -642,9 +649,13 @@ def tagged(lines, answer):
 
 def document(cfg, rng):
     """(prompt, text): a table of sums, a page of prose, or somebody's attempt at a problem."""
-    others = [task for task in TASKS if task != cfg.task and TASKS[task].in_corpus]
-    kinds = [cfg.task, rng.choice(others), "prose", "table"]
-    kind = rng.choices(kinds, [0.72, 0.10, 0.07, 0.11])[0]
+    if cfg.task == "all":
+        kinds, shares = [*REASONING, "prose", "table"], [0.28, 0.14, 0.20, 0.22, 0.05, 0.11]
+    else:
+        others = [task for task in REASONING if task != cfg.task]
+        kinds = [cfg.task, rng.choice(others), "prose", "table"]
+        shares = [0.72, 0.10, 0.07, 0.11]
+    kind = rng.choices(kinds, shares)[0]
     habits = draw_habits(rng, kind)
     if kind == "table":
         return "", "".join(table_line(cfg, habits, rng) for _ in range(20))
@@ -707,6 +718,7 @@ TASKS = {
     "unsafe": Task(draw_unsafe, write_general, in_corpus=False),
     "file": Task(lambda cfg, rng: rng.choice(file_problems(cfg.data)), in_corpus=False),
 }
+REASONING = tuple(name for name, task in TASKS.items() if task.in_corpus)
 GENERAL = ("chat", "unsafe")  # rewarded by preferences, not by rules
 
 

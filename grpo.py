@@ -43,6 +43,7 @@ Read on in the order in which the code runs: settings, `train_grpo` (the loop), 
 `group_advantages` (1), `update_policy`, `grpo_loss` (2)-(5). Token ids only: `env`, which train.py
 hands in, draws problems, turns ids into text, and rewards it.
 """
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -98,6 +99,9 @@ class GRPOConfig:
     dynamic_sampling: int = opt(0, "extra rounds, at most, that replace groups whose rewards are "
                                 "all equal (DAPO)",
                                 least=0, most=1000)
+    skip_equal: bool = opt(False, "completions without advantage are left out of the update: "
+                           "faster late in a run, but the KL no longer holds them (without a KL "
+                           "they have no gradient and are always left out)")
     ref_every: int = opt(0, "steps between copies of the policy into the reference; 0: none",
                          least=0)
     micro_tokens: int = opt(2048, "tokens per forward and backward pass, padding included; changes "
@@ -205,10 +209,10 @@ def group_advantages(rewards, adv_norm="std"):
 
 def update_policy(policy, ref, optimizers, groups, cfg, generator):
     """Learns from a rollout: cfg.inner_epochs times cfg.minibatches optimiser steps -> metrics,
-    each averaged over all of these steps."""
+    each averaged over these steps; nan for means over tokens if there were none to learn from."""
     samples = [sample for group in groups for sample in group]
     device, n_steps = next(policy.parameters()).device, cfg.inner_epochs * cfg.minibatches
-    total = Counter(dict.fromkeys(("loss", *MEANS), 0.0))  # a Counter, because its update adds
+    total, learnt = Counter(dict.fromkeys(("loss", *MEANS), 0.0)), 0  # a Counter's update adds
     for _ in range(cfg.inner_epochs):
         order = torch.randperm(len(samples), generator=generator)
         for rows in order.tensor_split(cfg.minibatches):
@@ -220,7 +224,12 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
             # Equation (5) averages over the whole batch, so its weights are computed before that is
             # cut into micro-batches, whose gradients then add up to those of the batch.
             weights = token_weights(n_tokens, len(rows), cfg)
+            if cfg.skip_equal or ref is None:
+                kept = [i for i, sample in enumerate(batch) if sample.adv]
+                batch = [batch[i] for i in kept]
+                n_tokens, weights = n_tokens[kept], weights[kept]
             share = n_tokens / n_tokens.sum()
+            learnt += bool(batch)
             i = 0
             while i < len(batch):
                 n = max(1, cfg.micro_tokens // len(batch[i]))  # the first is the longest
@@ -241,7 +250,8 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
             taken = optimizers if teaches else []
             grad_norm, skipped = apply_gradients(policy, taken, cfg.max_grad_norm)
             total.update(grad_norm=grad_norm, skipped=skipped)
-    return {name: value / n_steps for name, value in total.items()}
+    return {name: value / ((learnt or math.nan) if name in MEANS else n_steps)
+            for name, value in total.items()}
 
 
 def collate(samples, device):
@@ -343,6 +353,11 @@ def log_step(run, step, sampled, update, took, update_s, cfg):
         "all_wrong": accuracy.count({0}) / len(sampled), **update,
         "tokens_per_s": sum(lengths) / took, "sample_s": took - update_s, "update_s": update_s,
         "seconds": run.seconds}
+    tasks = {getattr(sample.problem, "task", "") for sample in samples}
+    for task in sorted(tasks) if len(tasks) > 1 else ():
+        own = [sample for sample in samples if sample.problem.task == task]
+        metrics[f"{task}/accuracy"] = mean([s.parts.get("accuracy", math.nan) for s in own])
+        metrics[f"{task}/length"] = mean([len(sample.ids) for sample in own])
     row = {"step": f"{step}/{cfg.rl_steps}", "reward": f"{metrics['reward']:.2f}"}
     row |= {name[:4]: f"{value:.2f}" for name, value in parts.items()}  # accu, form, lang, ...
     row |= {"length": f"{metrics['length']:.1f}", "kl": f"{update['kl']:.3f}",

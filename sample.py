@@ -27,6 +27,7 @@ import rewards
 from data import DataConfig
 from grpo import GRPOConfig
 from model import (
+    Linear,
     UserError,
     any_terminal,
     atomic_write,
@@ -35,6 +36,7 @@ from model import (
     load_checkpoint,
     load_model,
     model_of,
+    onednn_pays,
     opt,
     pick,
     read_json,
@@ -53,6 +55,8 @@ class SampleConfig:
     seed: int = opt(1, "every random choice follows from it", least=0, most=2**63 - 1)
     device: str = opt("auto", "cpu, cuda, cuda:1, or auto: cuda where there is one")
     threads: int = opt(0, "CPU threads; 0 = one per core", least=0)
+    matmul: str = opt("auto", "who multiplies on a CPU, torch or onednn; auto: the faster one here",
+                      choices=("auto", "torch", "onednn"))
     init_from: str = opt("", "Hugging Face folder whose model replaces the toy base")
     sample_dtype: str = opt("auto", "weights that sampling runs with; auto: bfloat16 on CUDA",
                             choices=("auto", "float32", "bfloat16"))
@@ -103,6 +107,17 @@ def use_bf16(setting, device):
 
 def sampling_dtype(cfg):
     return torch.bfloat16 if use_bf16(cfg.sample_dtype, find_device(cfg.device)) else torch.float32
+
+
+def choose_matmul(cfg, known="auto"):
+    """Sets up the CPU's matrix products. What "auto" means is measured, and then kept in
+    checkpoints as `known`: the two round differently, and a resumed run must not."""
+    if cfg.matmul == "auto":
+        cfg.matmul = known
+    if cfg.matmul == "auto":
+        on_cpu = find_device(cfg.device).type == "cpu"
+        cfg.matmul = "onednn" if on_cpu and onednn_pays() else "torch"
+    Linear.onednn = cfg.matmul == "onednn"
 
 
 def for_sampling(model, cfg):
@@ -181,6 +196,7 @@ def open_checkpoint(given, path=""):
         print(f"{path} sampled in {then} in training, and now does in {now}")
     if cfg.sample.threads:
         torch.set_num_threads(cfg.sample.threads)
+    choose_matmul(cfg.sample)
     return path, model_of(state, path), data.load_tokenizer(cfg.sample.init_from), cfg
 
 
@@ -190,9 +206,10 @@ def open_checkpoint(given, path=""):
 
 def sample_answers(model, tok, problems, k, cfg, temperature, generator, desc):
     """k completions of each problem, in order: (problem, text, Completion) each."""
-    answers = []
-    for i in tqdm(range(0, len(problems), 32), desc=desc, leave=False, disable=None):
-        chunk = problems[i:i + 32]
+    # As many at a time as in a step of training, or more: `train.memory_plan` counts on it.
+    answers, size = [], max(32, cfg.grpo.prompts_per_step * cfg.grpo.group_size // k)
+    for i in tqdm(range(0, len(problems), size), desc=desc, leave=False, disable=None):
+        chunk = problems[i:i + size]
         prompts = [data.prompt_ids(problem, tok, cfg.data) for problem in chunk]
         out = generate(model, prompts, k, cfg.grpo.max_new_tokens, temperature, tok.stop_ids,
                        generator)
@@ -251,19 +268,19 @@ def evaluate(model, tok, problems, k, cfg, temperature):
 
 
 def evaluate_tasks(model, tok, cfg, folder):
-    """The held-out problems of cfg.data.task, sampled at the training temperature, at the paper's
-    0.6 and greedily, into FOLDER/eval.json and samples.jsonl. A toy model is asked a tenth as many
-    of every other task as well."""
-    main, k, n = cfg.data.task, cfg.sample.eval_samples, cfg.data.eval_problems
-    results, samples, tasks = read_results(folder), [], {main: n}
+    """Held-out problems of cfg.data.tasks(), sampled at the training temperature, at the paper's
+    0.6 and greedily, into FOLDER/eval.json and samples.jsonl. A toy model is asked a twentieth as
+    many of every other task as well."""
+    main, k, n = cfg.data.tasks(), cfg.sample.eval_samples, cfg.data.eval_problems
+    results, samples, tasks = read_results(folder), [], dict.fromkeys(main, n)
     model = for_sampling(model, cfg.sample)
     if not (cfg.sample.init_from or cfg.data.data):
-        tasks |= {task: max(1, n // 10) for task in data.TASKS if task not in (main, "file")}
+        tasks |= {task: max(1, n // 20) for task in data.TASKS if task not in (*main, "file")}
     for task, n in tasks.items():
         problems = data.eval_problems(cfg.data, n, task)
         results[task], found = evaluate(model, tok, problems, k, cfg, cfg.grpo.temperature)
         samples += found[:100 * k]
-        if task == main:
+        if task in main:
             for name, samples_each, temperature in (("T=0.6", 4, 0.6), ("greedy", 1, 0.0)):
                 other, _ = evaluate(model, tok, problems, samples_each, cfg, temperature)
                 results[task][f"pass@1_{name}"] = other["pass@1"]

@@ -75,6 +75,8 @@ class TrainConfig:
     base_length: int = opt(352, "tokens per row", least=1)
     base_optimizer: str = opt("muon", "of supervised training; muon: for matrices, AdamW for the "
                               "rest", choices=("muon", "adamw"))
+    base: str = opt("", "checkpoint of a base to start from; none = out_dir/base/ckpt.pt, trained "
+                    "if it is not there")
     sft_steps: int = opt(60, "optimiser steps of fine-tuning, and of the reward model", least=1)
     sft_lr: float = opt(1e-3, "its peak learning rate", above=0, most=1)
     sft_rows: int = opt(24, "traces per step; pairs for the reward model", least=1)
@@ -107,6 +109,7 @@ REAL_DEFAULTS = {  # with --init_from: the paper's settings, at a size that one 
 TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
     "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
     "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
+    "all": {"base_steps": 2400, "prompts_per_step": 24, "eval_problems": 200},
 }
 
 
@@ -124,9 +127,21 @@ def stage_config(stage, given, tok):
     elif cfg.train.base_length > cfg.model.context:
         raise UserError(f"base_length={cfg.train.base_length} does not fit the context of "
                         f"{cfg.model.context}: lower it or raise --context")
+    if cfg.train.base and "n_layer" not in stage.settings:  # small models have a base of their own
+        state = load_checkpoint(cfg.train.base)
+        refuse_other_settings(cfg, state, CORPUS, cfg.train.base, "choose another --base")
+        cfg.model = GPTConfig(**state["model_config"])
     if cfg.model.vocab_size < tok.n_vocab:
         raise UserError(f"vocab_size={cfg.model.vocab_size}: the tokenizer has {tok.n_vocab} ids")
     return cfg
+
+
+def refuse_other_settings(cfg, state, keys, path, advice):
+    """Raises UserError naming those of `keys` that have another value in a checkpoint's `state`."""
+    now, then = cfg.settings(), {**Config().settings(), **state.get("settings", {})}
+    other = [f"{key}={then[key]}, not {now[key]}" for key in keys if now[key] != then[key]]
+    if other:
+        raise UserError(f"{path} was trained with {'; '.join(other)}: {advice}")
 
 
 def longest_prompt(cfg, tok):
@@ -144,12 +159,13 @@ def names(cls, *left_out):
     return [f.name for f in fields(cls) if f.name not in left_out]
 
 
-PROBLEMS = [*names(DataConfig, "eval_problems"), "seed", "init_from"]
+CORPUS = ["task", "n_numbers", "max_number", "ops"]
+PROBLEMS = [*names(DataConfig, "eval_problems"), "seed", "init_from", "base"]
 SFT = [*PROBLEMS, "source_problems", "source_samples", "max_new_tokens", "temperature",
        "base_optimizer", "sft_steps", "sft_lr", "sft_rows"]
 RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
-    "base": ["task", "n_numbers", "max_number", "ops", "seed", "init_from", "base_optimizer",
-             "base_steps", "base_lr", "base_rows", "base_length", *names(GPTConfig)],
+    "base": [*CORPUS, "seed", "init_from", "base_optimizer", "base_steps", "base_lr", "base_rows",
+             "base_length", *names(GPTConfig)],
     "rl": [*PROBLEMS, *names(RewardConfig),
            *names(GRPOConfig, "rl_steps", "eval_every", "micro_tokens")],
     "sft": [*SFT, "general_replies"],
@@ -188,6 +204,7 @@ class Run:
         if os.path.exists(self.path("ckpt.pt")):
             self.saved = load_checkpoint(self.path("ckpt.pt"))
             self.check_settings()
+        sample.choose_matmul(cfg.sample, self.saved.get("settings", {}).get("matmul", "auto"))
 
     def path(self, file):
         return os.path.join(self.dir, file)
@@ -196,12 +213,8 @@ class Run:
         """Raises UserError naming the settings that are not those of the run in this folder."""
         if "optimizers" not in self.saved:
             raise UserError(f"{self.path('ckpt.pt')} is no checkpoint of a run: move it away")
-        now, then = self.cfg.settings(), {**Config().settings(), **self.saved["settings"]}
-        other = [f"{key}={then[key]}, not {now[key]}" for key in RESUME_KEYS[self.stage.kind]
-                 if now[key] != then[key]]
-        if other:
-            raise UserError(f"{self.dir} was trained with {'; '.join(other)}: delete it or choose "
-                            f"another --out_dir")
+        refuse_other_settings(self.cfg, self.saved, RESUME_KEYS[self.stage.kind], self.dir,
+                              "delete it or choose another --out_dir")
 
     def resume(self, model, optimizers, ref=None):
         """Restores the checkpoint -> its step, 0 without one. What the logs say of later steps is
@@ -226,7 +239,8 @@ class Run:
         real, out_dir = self.cfg.sample.init_from, self.cfg.sample.out_dir
         if stage == "base" and real:
             return from_pretrained(real, self.cfg.model.context, device=self.device)
-        return load_model(os.path.join(out_dir, stage, "ckpt.pt"), self.device, cls)
+        path = os.path.join(out_dir, stage, "ckpt.pt")
+        return load_model(stage == "base" and self.cfg.train.base or path, self.device, cls)
 
     def set_up(self, model):
         model.autocast = sample.use_bf16(self.cfg.train.autocast, self.device)
@@ -343,9 +357,9 @@ def train_base(run):
     cfg = run.cfg
     if cfg.sample.init_from:
         raise UserError(f"{run.name} is trained on the toy corpus: leave out --init_from")
-    if not data.TASKS[cfg.data.task].in_corpus:
-        known = ", ".join(name for name, task in data.TASKS.items() if task.in_corpus)
-        raise UserError(f"the corpus is about {known}; {cfg.data.task} is not among them")
+    if not set(cfg.data.tasks()) <= set(data.REASONING):
+        raise UserError(f"the corpus is about {', '.join(data.REASONING)}; {cfg.data.task} is not "
+                        f"among them")
     torch.manual_seed(run.seed)
     model = GPT(cfg.model).to(run.device)
 
@@ -560,10 +574,14 @@ def resolve_dependencies(stages):
 def run_stage(name, given):
     """Trains and evaluates a stage unless that is done -> its Run."""
     run, model, is_rm = Run(name, given), None, name == "reward_model"
-    evaluated = ("pairs" if is_rm else run.cfg.data.task) in read_results(run.dir)
-    if name == "base" and run.cfg.sample.init_from:
-        print(f"base: {run.cfg.sample.init_from}")  # somebody else has trained it
+    evaluated = ("pairs" if is_rm else run.cfg.data.tasks()[0]) in read_results(run.dir)
+    if name == "base" and (run.cfg.sample.init_from or run.cfg.train.base):
+        print(f"base: {run.cfg.sample.init_from or run.cfg.train.base}")  # trained elsewhere
         print_memory(run)
+        known = read_results(os.path.dirname(run.cfg.train.base)) if run.cfg.train.base else {}
+        if known and not evaluated:
+            write_json(run.path("eval.json"), known)
+            evaluated = True
     elif run.saved["step"] >= run.steps:
         print(f"{name}: done ({run.path('ckpt.pt')}, {run.saved['step']} steps)")
     else:
@@ -635,19 +653,21 @@ def all_results(out_dir):
     return {name: read_results(os.path.join(out_dir, name)) for name in STAGES}
 
 
-def print_tables(results, task):
-    """{stage: results by task} -> what each stage does with its task, and with the others."""
-    results = {stage: found for stage, found in results.items() if task in found}
-    k, n = (max(r[task][key] for r in results.values()) for key in ("samples", "problems"))
-    keys = ["pass@1", "pass@1_ci", "pass@1_T=0.6", "pass@1_greedy", f"pass@{k}", f"cons@{k}",
-            "pass@1_untagged", "format", "one_language", "length", "truncated"]
-    print_table(f"{task}: {n} held-out problems, {k} samples of each", results,
-                {HEADINGS.get(key, key): (task, key) for key in keys})
+def print_tables(results, tasks):
+    """{stage: results by task} -> what each stage does with `tasks`, and with the others."""
+    results = {stage: found for stage, found in results.items() if tasks[0] in found}
+    for task in tasks:
+        evaluated = [found[task] for found in results.values() if task in found]
+        k, n = (max(found[key] for found in evaluated) for key in ("samples", "problems"))
+        keys = ["pass@1", "pass@1_ci", "pass@1_T=0.6", "pass@1_greedy", f"pass@{k}", f"cons@{k}",
+                "pass@1_untagged", "format", "one_language", "length", "truncated"]
+        print_table(f"{task}: {n} held-out problems, {k} samples of each", results,
+                    {HEADINGS.get(key, key): (task, key) for key in keys})
     others = {t: (t, "pass@1") for t in data.TASKS
-              if t != task and any(t in r for r in results.values())}
+              if t not in tasks and any(t in r for r in results.values())}
     if others:
         print_table("pass@1 on other tasks, thinking, and preferences", results, {
-            **others, "thinks": (task, "thinks"), "in chat": ("chat", "thinks"),
+            **others, "thinks": (tasks[0], "thinks"), "in chat": ("chat", "thinks"),
             "in unsafe": ("unsafe", "thinks"), "gold": ("chat", "gold_reward"),
             "wins": ("win_rate", "gold"), "RM wins": ("win_rate", "reward_model")})
     print()
@@ -686,18 +706,27 @@ def plot_curves(folder):
     figure = Figure(figsize=(3.2 * len(keys), 2.6), layout="tight")
     for i, key in enumerate(keys):
         axis = figure.add_subplot(1, len(keys), i + 1, title=key, xlabel="step")
-        axis.plot([m["step"] for m in lines], [m[key] for m in lines], linewidth=1)
+        suffix = "/" + key.removeprefix("reward/")  # countdown/length: one curve per task
+        curves = [name for name in lines[0] if name.endswith(suffix) and "reward" not in name]
+        for name in curves or [key]:
+            values = [m[name] if m.get(name) is not None else math.nan for m in lines]
+            axis.plot([m["step"] for m in lines], values, linewidth=1, label=name.split("/")[0])
+        if curves:
+            axis.legend(fontsize="small")
     figure.savefig(os.path.join(folder, "curves.png"), dpi=120)
 
 
 def run_table(given):
     out_dir = given.get("out_dir", SampleConfig.out_dir)
     results = all_results(out_dir)
-    found = [task for stage in results.values() for task in stage if task in data.TASKS]
-    task = given.get("task") or (found or [DataConfig.task])[0]  # a stage's own comes first
-    if task not in found:
-        raise UserError(f"nothing in {out_dir} was evaluated on {task}: set --out_dir or --task")
-    print_tables(results, task)
+    found = [task for task in data.TASKS if any(task in stage for stage in results.values())]
+    # Those that were trained on were evaluated greedily, too.
+    main = [task for task in found
+            if any("pass@1_greedy" in stage.get(task, {}) for stage in results.values())]
+    tasks = [given["task"]] if "task" in given else main or found[:1]
+    if not found or not set(tasks) <= set(found):
+        raise UserError(f"nothing in {out_dir} was evaluated on that: set --out_dir or --task")
+    print_tables(results, tasks)
 
 
 def run_eval(given):
@@ -705,7 +734,7 @@ def run_eval(given):
     path, model, tok, cfg = sample.open_checkpoint(given)
     folder = os.path.dirname(path)
     sample.evaluate_tasks(model, tok, cfg, folder)
-    print_tables({folder or path: read_results(folder)}, cfg.data.task)
+    print_tables({folder or path: read_results(folder)}, cfg.data.tasks())
 
 
 def run_export(given):
@@ -769,7 +798,7 @@ def run_command_line(words, given):
         for name in resolve_dependencies(words):
             run = run_stage(name, given)
         results = all_results(run.cfg.sample.out_dir)
-        print_tables(results, run.cfg.data.task)
+        print_tables(results, run.cfg.data.tasks())
         print_next(run, results)
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+from collections import Counter
 from fractions import Fraction
 
 import pytest
@@ -444,3 +445,22 @@ def test_a_world_too_small_to_hold_problems_out_is_refused():
         with pytest.raises(UserError, match="max_number"):
             draw_problem(cfg, random.Random(0))
             draw_problem(cfg, random.Random(0), held_out=True)
+
+
+def test_all_stands_for_the_four_reasoning_tasks_in_the_corpus_the_mix_and_the_evaluation():
+    cfg = DataConfig(task="all", mix="task:2,chat:1,unsafe:1")
+    shares = cfg.shares()
+    assert {task: shares[task] for task in data.REASONING} == dict.fromkeys(data.REASONING, 0.5)
+    assert shares["chat"] == shares["unsafe"] == 1
+    cfg = DataConfig(task="all")
+    assert cfg.shares() == dict.fromkeys(data.REASONING, 0.25)
+    asked = Counter(p.task for p in data.eval_problems(cfg, 40))
+    assert set(asked) == set(data.REASONING) and all(9 <= n <= 11 for n in asked.values())
+    rng, prompts = random.Random(0), Counter()
+    for _ in range(2000):
+        prompt, _ = data.document(cfg, rng)
+        kind = prompt.split(" ")[1][:4] if prompt else "none"
+        prompts[{"make": "countdown", "what": "arithmetic"}.get(kind, kind[:2])] += 1
+    assert 0.24 < prompts["countdown"] / 2000 < 0.32
+    assert 0.11 < prompts["arithmetic"] / 2000 < 0.17
+    assert 0.18 < prompts["f("] / 2000 < 0.26 and 0.13 < prompts["no"] / 2000 < 0.19

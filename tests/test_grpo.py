@@ -526,6 +526,46 @@ def test_eight_completions_make_five_minibatches_if_five_are_asked_for(tiny, mon
     assert sorted(map(id, sum(seen, []))) == sorted(map(id, flat(groups)))
 
 
+def some_equal(tiny):
+    groups = rollout(tiny)
+    set_rewards(groups, [[1.0] * 4, [0.0, 1.0, 1.0, 0.0], [0.5] * 4])
+    return groups
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_without_a_kl_leaving_out_what_has_no_advantage_changes_no_gradient(
+        tiny, monkeypatch, norm):
+    # The reference with a KL weight of 0 keeps every completion in the update.
+    cfg, learnt, weights = replace(NO_KL, loss_norm=norm), [], []
+    collated = grpo.collate
+
+    def counting(samples, device):
+        learnt[-1] += len(samples)
+        return collated(samples, device)
+
+    monkeypatch.setattr(grpo, "collate", counting)
+    for ref in (None, copy.deepcopy(tiny)):
+        learnt.append(0)
+        policy = copy.deepcopy(tiny)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+        update_policy(policy, ref, [optimizer], some_equal(tiny), cfg, seeded())
+        weights.append(vector(policy.parameters()))
+    assert learnt == [4, 12] and torch.allclose(*weights, atol=1e-6)
+
+
+def test_with_a_kl_they_are_left_out_on_request_and_the_denominator_stays(tiny):
+    groups, ref = some_equal(tiny), shifted(tiny)
+    moved = []
+    for skip, chosen in ((True, groups), (False, groups[1:2]), (False, groups)):
+        policy, cfg = copy.deepcopy(tiny), replace(SMALL, kl_coef=0.1, skip_equal=skip)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+        update_policy(policy, ref, [optimizer], chosen, replace(cfg, max_grad_norm=1e9), seeded())
+        moved.append(vector(policy.parameters()) - vector(tiny.parameters()))
+    skipped, alone, everything = moved
+    assert torch.allclose(3 * skipped, alone, atol=1e-6)  # one group of three
+    assert not torch.allclose(skipped, everything, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.05])
 def test_a_step_whose_rewards_are_all_equal_changes_no_weight(tiny, kind, kl_coef):
@@ -763,7 +803,8 @@ def test_every_step_is_logged_and_every_tenth_leaves_a_group_to_read(tiny, learn
         assert metrics["sample_s"] > 0 and metrics["update_s"] > 0
         for name in ("loss", "ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy",
                      "grad_norm", "skipped"):
-            assert math.isfinite(metrics[name])
+            learnt_nothing = equal == 3 and name in grpo.MEANS  # nan, not a misleading 0
+            assert math.isfinite(metrics[name]) != learnt_nothing
     assert run.seconds == run.metrics[-1]["seconds"] > run.metrics[0]["seconds"] > 0
     assert {file for file, _ in run.lines} == {"rollouts.jsonl"}
     lines = [line for _, line in run.lines]

@@ -14,6 +14,9 @@ from model import (
     GPT,
     GPTConfig,
     KVCache,
+    Linear,
+    Muon,
+    OneDNN,
     PrefillCache,
     UserError,
     apply_gradients,
@@ -23,6 +26,7 @@ from model import (
     load_checkpoint,
     load_model,
     make_optimizers,
+    onednn_pays,
     opt,
     rope_table,
     sample_token,
@@ -469,6 +473,33 @@ def test_training_uses_the_compiled_trunk_and_sampling_does_not(tiny):
     assert len(calls) == 1
 
 
+# ------------------------------------------------------------------------------------ fast products
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(3, 50, 8), (150, 8), (2, 8)])
+def test_onednn_multiplies_as_torch_does_forwards_and_backwards(monkeypatch, shape, bias):
+    layer, found = Linear(8, 12, bias=bias), []
+    x = torch.randn(shape, generator=seeded(), requires_grad=True)
+    weights = torch.randn(*shape[:-1], 12, generator=seeded(1))
+    for onednn in (False, True):
+        monkeypatch.setattr(Linear, "onednn", onednn)
+        y = layer(x)
+        product = y.grad_fn.next_functions[0][0] if bias else y.grad_fn
+        assert ("OneDNN" in repr(product)) == (onednn and x.numel() >= 128 * 8)
+        found.append([y, *torch.autograd.grad(y, [x, *layer.parameters()], weights)])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_where_torch_lacks_the_operator_onednn_does_not_pay(monkeypatch):
+    def missing(*_):
+        raise AttributeError("no such operator")
+
+    monkeypatch.setattr(OneDNN, "apply", missing)
+    assert onednn_pays() is False
+
+
 # --------------------------------------------------------------------------------------- optimisers
 
 
@@ -485,6 +516,19 @@ def test_each_weight_has_one_optimiser_and_muon_only_the_blocks_matrices(tiny):
     optimizers = make_optimizers(tiny, 0.1, "muon")
     set_lr(optimizers, 0.025)
     assert [group["lr"] for o in optimizers for group in o.param_groups] == [0.025, 0.025]
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (8, 8)])
+def test_muon_is_torchs_but_for_the_rounding_of_bfloat16(shape):
+    mine, theirs = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    ours = Muon([mine], 0.1)
+    torchs = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    for step in range(5):  # whatever the gradients' size
+        mine.grad = torch.randn(shape, generator=seeded(step)) * 10.0 ** (step - 3)
+        theirs.grad = mine.grad.clone()
+        ours.step()
+        torchs.step()
+    assert (mine - theirs).norm() < 0.03 * theirs.norm()
 
 
 def test_gradients_are_clipped_and_cleared_and_skipped_if_not_finite(tiny):

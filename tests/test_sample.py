@@ -107,7 +107,7 @@ def test_the_main_task_is_sampled_at_both_temperatures_and_greedily_and_others_o
                                               "pass@1_greedy": 3}
     others = [ask for ask in asked if ask[0] != "countdown"]
     assert {ask[0] for ask in others} == set(data.TASKS) - {"countdown", "file"}
-    assert {ask[1:] for ask in others} == {(2, 3, 0.9)} and len(others) == 5
+    assert {ask[1:] for ask in others} == {(1, 3, 0.9)} and len(others) == 5
 
 
 def test_thinking_and_second_attempts_are_counted(monkeypatch):
