@@ -488,16 +488,28 @@ def train_reward_model(run):
     return supervise(run, model, batch, cfg.train.sft_lr, pair_loss)
 
 
+def with_a_slip(text, rng):
+    """The completion with one word of its answer exchanged, doubled or left out."""
+    answer = rewards.split_completion(text)[1] or ""
+    words = answer.split(" ")
+    i = rng.randrange(len(words))
+    words[i:i + 1] = rng.choice([[rng.choice(data.THINGS + data.NAMES)], 2 * words[i:i + 1], []])
+    return text.replace(f"<answer>{answer}<", f"<answer>{' '.join(words)}<")
+
+
 def annotate(run, held_out):
     """Lines of pairs.jsonl: two answers to a request, the one that annotators prefer first."""
     problems, texts = source_samples(run, data.GENERAL, held_out)
-    # Every fourth answer is one to a similar request: pairs must show what is off the point, too.
-    order = sorted(range(len(problems)), key=lambda i: problems[i].question)
-    strays = {i: texts[j][1::4] for i, j in zip(order, order[1:] + order[:1], strict=True)}
-    for i, said in strays.items():
-        texts[i][1::4] = said
-    answers = [[rewards.split_completion(text)[1] for text in said] for said in texts]
     rng, _ = generators(run.seed, run.name, "annotators", held_out)
+    # What the policy will not show by itself, the judge must see: of eight answers one is to a
+    # similar request, and one is its neighbour with a slip.
+    order = sorted(range(len(problems)), key=lambda i: problems[i].question)
+    strays = {i: texts[j][1::8] for i, j in zip(order, order[1:] + order[:1], strict=True)}
+    for i, said in enumerate(texts):
+        said[1::8] = strays[i]
+        for a in range(3, len(said), 8):
+            said[a] = with_a_slip(said[a - 1], rng)
+    answers = [[rewards.split_completion(text)[1] for text in said] for said in texts]
     pairs = []
     for i, a, b in rewards.preference_pairs(problems, answers, rng, run.cfg.train.label_noise):
         gold = [rewards.gold_reward(problems[i], answers[i][j]) for j in (a, b)]

@@ -696,6 +696,19 @@ def test_a_reward_model_learns_from_some_pairs_and_is_tested_on_others(whole):
     assert 0 <= result["accuracy"] <= 1 and 0 <= result["gold_accuracy"] <= 1
 
 
+def test_a_slip_changes_one_word_of_the_answer_and_nothing_else():
+    text, rng = "<think>\n</think>\n<answer>hello Ann and Bob</answer>", random.Random(0)
+    said = {train.with_a_slip(text, rng) for _ in range(200)}
+    assert "<think>\n</think>\n<answer>hello Ann Bob</answer>" in said
+    assert "<think>\n</think>\n<answer>hello Ann Ann and Bob</answer>" in said
+    assert any(other.startswith("<think>\n</think>\n<answer>hello") and "Cleo" in other
+               for other in said)
+    problem = data.Problem("chat", "greet Ann and Bob", (), "hello Ann and Bob")
+    answers = [rewards.split_completion(other)[1] for other in said - {text}]
+    assert len(answers) > 20 and not any(rewards.verify_reply(problem, a)[1] for a in answers)
+    assert train.with_a_slip("no tags", rng) == "no tags"
+
+
 @pytest.mark.parametrize("stage", LATER)
 def test_any_later_stage_resumes(whole, tmp_path, monkeypatch, lenient, stage):
     out = tmp_path / "out"
