@@ -357,9 +357,10 @@ def train_base(run):
     cfg = run.cfg
     if cfg.sample.init_from:
         raise UserError(f"{run.name} is trained on the toy corpus: leave out --init_from")
-    if not set(cfg.data.tasks()) <= set(data.REASONING):
-        raise UserError(f"the corpus is about {', '.join(data.REASONING)}; {cfg.data.task} is not "
-                        f"among them")
+    known = [name for name, task in data.TASKS.items() if task.in_corpus]
+    if not set(cfg.data.tasks()) <= set(known):
+        raise UserError(f"the corpus is about {', '.join(known)}; {cfg.data.task} is not among "
+                        f"them")
     torch.manual_seed(run.seed)
     model = GPT(cfg.model).to(run.device)
 
