@@ -69,7 +69,7 @@ from sample import SampleConfig, read_lines, read_results, write_json, write_lin
 
 @dataclass
 class TrainConfig:
-    base_steps: int = opt(1200, "optimiser steps of next-token training", least=1)
+    base_steps: int = opt(1800, "optimiser steps of next-token training", least=1)
     base_lr: float = opt(5e-3, "its peak learning rate", above=0, most=1)
     base_rows: int = opt(12, "rows of packed documents per step", least=1)
     base_length: int = opt(352, "tokens per row", least=1)
@@ -109,7 +109,8 @@ REAL_DEFAULTS = {  # with --init_from: the paper's settings, at a size that one 
 TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
     "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
     "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
-    "all": {"base_steps": 2400, "prompts_per_step": 24, "eval_problems": 200},
+    "all": {"base_steps": 2400, "rl_steps": 100, "prompts_per_step": 24, "source_problems": 800,
+            "sft_steps": 100, "eval_problems": 100},
 }
 
 
