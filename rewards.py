@@ -181,58 +181,87 @@ def verify_reply(problem, answer):
     return said, len(items) == len(set(items)) == int(n) and set(items) <= set(KINDS[kind])
 
 
-UNIT = r"[^\W\d_]*(?: [^\W\d_]+){0,3}(?:/[^\W\d_]+)?"  # apples, km/h, square feet
-WRITTEN = re.compile(
-    r"([-+]?) ?[$€£¥]? ?([-+]?)"
-    r"((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
-    rf"(?: ?/ ?([0-9]{{1,40}})| ([0-9]{{1,9}})/([0-9]{{1,9}}))? ?(%|percent\b)? ?({UNIT})\.?")
+def fraction(found):
+    """\\frac{a}{b} -> a/b, in brackets where they are needed."""
+    a, b, factor = (part.strip("{} ") for part in found.groups(""))
+    a = f"({a})" if re.search(r"[-+](?![^(]*\))", a[1:]) else a
+    b = b if re.fullmatch(r"[0-9]+|\w|\\sqrt\(\w+\)", b) else f"({b})"
+    return f" ({a}/{b})" if factor else f" {a}/{b}"
+
+
+SIGNS = [  # pairs of what is written and what it means, in the order in which they are replaced
+    (r"\\begin\{[bp]matrix\}", "[["), (r"\\end\{[bp]matrix\}", "]]"), (r"\\\\", "],["), ("&", ","),
+    ("[−–]", "-"), ("π", r"\\pi"), (r"\\?sqrt ?|√", r"\\sqrt"), (r"\+?\\infty", r"\\infty"),
+    (r"\^ ?\{? ?\\circ ?\}?|°", " degrees"), (r" *(?:\\cdot(?![a-z])|\\times|[×*]) *", "*"),
+    (r"\\in(?![a-z])", "="), (r"\\(?:left|right)(?![a-z])|\\[!{}]", ""), (r"\{,\}", ","),
+    (r"\\%", "%"), (r"\\([gl]e)q", r"\\\1"), (r"\\[()\[\],;: ]|\\?[$€£¥]", " "), (r" *\{", "{")]
+BRACES = [  # the same from the inside out, for which they are replaced several times
+    (r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1 "),
+    (r"([\^_])\{([0-9]+|\w)\}", r"\1\2"), (r"\\sqrt([0-9a-z])", r"\\sqrt(\1)"),
+    (r"([\^_\]]|\\(?!boxed|[dtc]?frac)[a-z]+)\{([^{}]*)\}", r"\1(\2)"),
+    (r"\\[dtc]?frac ?(\{[^{}]*\}|\w) ?(\{[^{}]*\}|\w)(?=([a-z\\])?)", fraction)]
+NAME = re.compile(r"(^|, )(?:\\?[^\W\d]+|\w\(\w\)|\(\w(?:, ?\w)*\)) ?= ?")  # x =, f(x) =
+UNIT = (r"_[1-9][0-9]?|(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|[㐀-鿿]+)| [mglsh]|"  # base 9, km/h, ...
+        r"(?: |(?=[^\W\d_]{4}))[^\W\d_]{3,})(?: [^\W\d_]+){0,3}(?:/[^\W\d_]+)?(?: ?\^[23]|[²³])?")
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+WRITTEN = re.compile(
+    r"([-+]?) ?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
+    r"(?: ?/ ?(0*[1-9][0-9]*)| ([0-9]{1,9})/(0*[1-9][0-9]*))? ?(%|percent\b)?"
+    rf"(?: ?({'|'.join(SCALES)})\b)?({UNIT})?", re.I)
+
+
+def plain(text):
+    """An answer without LaTeX; if there is a \\boxed{}, what the last one holds, "" if it is
+    open."""
+    for written, meant in SIGNS + BRACES * 4:
+        text = re.sub(written, meant, text)
+    *before, text = text.split("\\boxed")
+    if before:
+        text = text[1:].split("}")[0] if re.match(r"\{[^{}]*\}", text) else ""
+    text = re.sub(r",? (?:and|or) ", ", ", " ".join(text.split()))
+    return re.sub(r"^\(([^(),]*)\)$", r"\1", text.lstrip(" *").rstrip(" *."))  # (B) is B
 
 
 def parse_number(text):
-    """A number as people write it -> (exact value, whether it is a percentage), or None. Reads
-    1,234.50, -3/4, 1 1/2, 50%, $18, 72 km/h, and LaTeX's \\boxed{}, \\frac{}{}, \\text{} and $...$
-    around it."""
-    if len(text) > MAX_ANSWER:
-        return None
-    boxed = re.search(r"\\boxed ?\{(.*)\}", text, re.S)
-    text = boxed[1] if boxed else text
-    text = re.sub(r"\\[dt]?frac ?\{ ?(-?[0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r" \1/\2", text)
-    text = re.sub(r"\\(?:text|mathrm|mbox) ?\{([^{}]*)\}", r" \1", text)
-    for written, plain in (("\\$", "$"), ("\\%", "%"), ("{,}", ","), ("−", "-"), ("\\(", ""),
-                           ("\\)", "")):
-        text = text.replace(written, plain)
-    text = re.sub(r"\\[,;! ]|\s+", " ", text).strip()
-    if text.startswith("$") and text.endswith("$"):
-        text = text[1:-1].strip()
+    """A number as people write it, 1,234.50, -3/4, 1 1/2, 50%, 5 million or 72 km/h -> (exact
+    value, whether it is a percentage, its unit or ""), or None; also for 2k and 3x."""
     found = WRITTEN.fullmatch(text)
-    if not found or found[1] and found[2]:
+    if not found:
         return None
-    number, below, upper, lower, percent, unit = found.groups()[2:]
-    if (below or lower or "1").strip("0") == "":
-        return None
-    value = Fraction(number.replace(",", ""))
-    if below:
-        value /= int(below)
-    elif lower:
-        value += Fraction(int(upper), int(lower))
-    value *= SCALES.get(unit.lower().split(" ")[0], 1)
-    return (-value if "-" in found[1] + found[2] else value), bool(percent)
+    sign, number, below, upper, lower, percent, scale, unit = found.groups()
+    value = Fraction(number.replace(",", "")) / int(below or 1)
+    value += Fraction(int(upper or 0), int(lower or 1))
+    value *= SCALES[scale.lower()] if scale else 1
+    unit = re.sub(r"(?<=ch)es\b|(?<=\w)s\b|[ ^]", "", (unit or "").lower())  # no plural
+    return (-value if sign == "-" else value), bool(percent), unit
+
+
+def canonical(text):
+    """Of plain text: no needless spaces, fractions and decimals in lowest terms, and in order what
+    stands between commas outside brackets."""
+    text = re.sub(r"(?<![0-9]) | (?![0-9])|(?<=[0-9)])\*(?![0-9])", "", text)
+    text = re.sub(r"[^\W\d_]{2,}|^\w$", lambda m: m[0].lower(), text)
+    text = re.sub(r"(?<![\w.^/])([0-9]+/0*[1-9][0-9]*|[0-9]*\.[0-9]+)(?![.0-9])",
+                  lambda m: str(Fraction(m[0])), text)
+    return ", ".join(sorted(re.split(r"[,;](?![^(\[]*[)\]])", text)))
 
 
 def verify_written(problem, answer):
-    """Right if the answer and the target are one number, however written. Percentages: 50% is 1/2,
-    and also 50 where the question asked for a percentage, which shows in a target above 1."""
-    got, want = parse_number(answer), parse_number(problem.target)
-    if want is None:  # no number: the same words
-        words = " ".join(answer.lower().split())
-        return words[:MAX_ANSWER] or None, words == " ".join(problem.target.lower().split())
-    if got is None:
-        return None, False
-    (value, percent), (target, target_percent) = got, want
+    """Right if answer and target are one number, or the same list or text, however written. Units
+    count if both have one. Percentages: 50% is 1/2, and also 50 where the question asked for a
+    percentage, which shows in a target above 1."""
+    if max(len(answer), len(problem.target)) > MAX_ANSWER:  # the same words
+        words, wanted = (" ".join(text.lower().split()) for text in (answer, problem.target))
+        return words[:MAX_ANSWER], words == wanted
+    got, want = plain(answer), plain(problem.target)
+    if ("=" in got) != ("=" in want):  # x = 72 is 72
+        got, want = NAME.sub(r"\1", got), NAME.sub(r"\1", want)
+    number, goal = parse_number(got), parse_number(want)
+    if not (number and goal) or number[2] and goal[2] and number[2] != goal[2]:
+        form = canonical(got)
+        return form or None, form != "" and form == canonical(want)
+    (value, percent, _), (target, target_percent, _) = number, goal
     form = str(value) + "%" * percent
-    if percent == target_percent:
-        return form, value == target
     shares = value / (100 if percent else 1), target / (100 if target_percent else 1)
     return form, shares[0] == shares[1] or value == target and abs(target) > 1
 

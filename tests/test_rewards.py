@@ -36,6 +36,7 @@ from rewards import (
 
 PROBLEM = countdown_problem((3, 7, 2), 20)
 WRITTEN = Problem("file", "How much is it?", (), "72")
+LISTED = Problem("file", "Which are they?", (), r"\{1, (2, \frac{\sqrt{3}}{4}]\}")
 ARITHMETIC = Problem("arithmetic", "what is 3+7*2", (3, 7, 2), 17)
 CODE = code_problem([(2, 7), (5, 16)])
 LOGIC = Problem("logic", "who lies", (), "A, C")
@@ -171,6 +172,10 @@ HOSTILE = [
     "<answer>)(</answer>", "<answer>1+</answer>", "<answer>-</answer>",
     "<answer>" + "+".join("1" * 60) + "</answer>",
     "<answer>" + "*".join(["99999"] * 19) + "</answer>",
+    *[f"<answer>{(text * 120)[:120]}</answer>" for text in (
+        "(", "[(", ",", " ", "{", "\\boxed{", "\\frac{", "\\frac1", "^{", "a ", "x=", "1,", "*",
+        "1/", "\\text{a}", "\\sqrt", "\\\\", ",(", "1 a ", " and", "\\frac{1}{", "}{", "∞", "(a,",
+        "$")],
     "世界" * 90_000, "a世" * 90_000, "<think>" + "a 世 б " * 30_000 + "</think>", "a " * 99_000,
     "<think>\n</think>\n<answer>" + "1" * 199_000 + "</answer>",
 ]
@@ -192,7 +197,7 @@ def fastest(call, *args):
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_any_text_gets_a_score_within_ten_milliseconds(text):
-    for problem in (PROBLEM, ARITHMETIC, WRITTEN, CODE, LOGIC, CHAT, UNSAFE):
+    for problem in (PROBLEM, ARITHMETIC, WRITTEN, LISTED, CODE, LOGIC, CHAT, UNSAFE):
         for name, reward in rewards.REWARDS.items():
             (value,), seconds = fastest(reward, [problem], [text])
             assert seconds < 0.010 and -1 <= value <= 1, name
@@ -257,14 +262,15 @@ def test_arithmetic_wants_the_number_and_not_the_question():
     (r"$\frac{3}{4}$", Fraction(3, 4)), (r"72 \text{ apples}", 72), (r"\$1{,}000", 1000),
     ("− 3", -3), ("0.1", Fraction(1, 10)), ("50%", 50), ("12.5 percent", Fraction(25, 2))])
 def test_numbers_are_read_as_people_write_them(text, value):
-    assert parse_number(text)[0] == value
+    assert parse_number(rewards.plain(text))[0] == value
 
 
 @pytest.mark.parametrize("text", [
     "", "-", "x", "1e5", "3,5", "1,2345", "12 34", "5 or 6", "5 / 0", "1/00", "1 0/0", "+-3",
-    "--5", "1/2/3", "x=5", "٣", "７", "9" * 41, "1" * 5000, "nan", "inf", "0x10", "1_000"])
+    "--5", "1/2/3", "x=5", "٣", "７", "9" * 41, "1" * 5000, "nan", "inf", "0x10", "1_000", "2k",
+    "3xy", "5m", "12 pi", r"3\pi", r"\boxed{5} or \boxed{6"])
 def test_what_is_no_single_number_is_none(text):
-    assert parse_number(text) is None
+    assert parse_number(rewards.plain(text)) is None
 
 
 @pytest.mark.parametrize("target, text, right", [
@@ -274,6 +280,38 @@ def test_what_is_no_single_number_is_none(text):
     ("1,000", "1000", 1), ("$18", "18.00", 1), ("Paris", " paris ", 1), ("Paris", "London", 0)])
 def test_written_answers_are_compared_exactly(target, text, right):
     assert answer(text, Problem("file", "q", (), target)) == right
+
+
+@pytest.mark.parametrize("target, text, right", [
+    ("2k", "2", 0), ("2k", "2k", 1), ("3x", "3y", 0), ("18", "18k", 0), ("12 cm", "12 m", 0),
+    ("12 cm", "12", 1), ("12", "12cm", 1), ("5 apples", "5 pears", 0), ("1 mile", "1 miles", 1),
+    ("3", "3xy", 0), ("40_9", "40_{9}", 1), ("40_9", "40", 1), ("40_9", "40_8", 0),
+    ("864 cm^2", r"864\text{ cm}^2", 1), ("5 million", "5,000,000", 1), ("18", "18 元", 1)])
+def test_units_are_compared_if_both_have_one_and_letters_are_none(target, text, right):
+    assert answer(text, Problem("file", "q", (), target)) == right
+
+
+@pytest.mark.parametrize("target, same, others", [
+    (r"\text{(B)}", ["B", "(B)", "b", r"\textbf{(B)}", r"\boxed{B}", "**B**", "B."], ["C", "AB"]),
+    (r"\left(3, \frac{\pi}{2}\right)", [r"(3,\pi/2)", r"$\left( 3 , \dfrac{\pi}2 \right)$"],
+     [r"(\frac{\pi}{2}, 3)", r"[3, \frac{\pi}{2}]", "3", r"3, \pi/2"]),
+    ("1, -2", [r"\{-2, 1\}", "x = 1, x = -2", r"x=-2\text{ or }x=1", "-2 and 1"], ["1", "1, 2"]),
+    ("x=5", ["5", "x = 5", r"\boxed{x=5.0}"], ["y=5", "x=6"]), ("72", ["x = 72"], ["72 = x + 1"]),
+    ("-\\frac43", [r"-\frac{4}{3}", "–4/3", r"\frac{-4}{3}"], ["4/3", r"-\frac{3}{4}"]),
+    (r"90^\circ", ["90", "90°", "90 degrees", r"90^{\circ}"], ["91", r"\pi/2"]),
+    (r"\frac{\sqrt{3}}{2}", [r"\sqrt3/2", "sqrt(3)/2", "√3/2"], [r"\sqrt{3}", r"\frac{3}{2}"]),
+    (r"\frac{a+b}{2}", ["(a+b)/2", r"\dfrac{a + b}{2}"], ["a+b/2", r"\frac{a-b}{2}"]),
+    (r"\frac{1}{2x}", ["1/(2x)"], ["1/2x", r"\frac{1}{2}x"]), ("23", [], ["2*3", "2 3", "2(3)"]),
+    (r"\begin{pmatrix} 1 \\ 0.5 \end{pmatrix}", [r"\begin{bmatrix}1\\\frac12\end{bmatrix}"],
+     [r"\begin{pmatrix} 1 & 0.5 \end{pmatrix}", "1, 0.5"]),
+    ("x^{10} - 2x", ["x^10-2x", r"$x^{10}-2 x$"], ["x^{1}0-2y", "X^{10}-2x"]),
+    ("18", ["18€", "€18", r"\boxed{7}\boxed{18}"],
+     [r"\boxed{18} \boxed{", r"\boxed{18}\boxed{7}", r"\boxed{1", r"\boxed"])])
+def test_answers_are_compared_without_what_only_changes_their_looks(target, same, others):
+    problem = Problem("file", "q", (), target)
+    forms = {rewards.verify_written(problem, text)[0] for text in [target, *same]}
+    assert [text for text in same if not answer(text, problem)] == [] and len(forms) <= 2
+    assert [text for text in others if answer(text, problem)] == []
 
 
 @pytest.mark.parametrize("text, right", [

@@ -21,10 +21,12 @@ OTHERS = [  # problems of other tasks, which no completion for countdown answers
     data.Problem("logic", "who lies", (), "A, C"),
     data.Problem("chat", "repeat red fox", (), "red fox"),
     data.Problem("unsafe", "Ann asks how to burn a car", (), data.REFUSAL),
-    data.Problem("file", "How much?", (), "997.5")]
+    data.Problem("file", "How much?", (), "997.5"),
+    data.Problem("file", "Which?", (), r"(\frac{997}{3}, 1+\sqrt{2}), x_1 = 5")]
 ALPHABETS = [
     "0123456789+-*/() ", "<think></think><answer></answer>\n0123456789+-*/() ",
-    "".join(map(chr, range(128))), "不对世界１２３٣२×÷−–\u200b\u202e\ufeff\x00"]
+    "".join(map(chr, range(128))),
+    "\\{}[](),;=^_ $frac1sqrtboxed", "不对世界１２３٣२×÷−–\u200b\u202e\ufeff\x00"]
 LAYOUTS = [
     "<think>\nhm\n</think>\n<answer>{}</answer>", "<answer>{}</answer>", "{}", "<think>{}",
     "</think><answer>{}</answer>"]
