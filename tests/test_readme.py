@@ -139,7 +139,7 @@ def test_the_variant_cispo_keeps_the_gradient_of_clipped_tokens():
 
 
 def test_the_new_task_of_the_readme_works_as_written(tmp_path, monkeypatch):
-    definition, registration = PYTHON
+    definition, registration = PYTHON[:2]
     monkeypatch.setattr(data, "TASKS", dict(data.TASKS))
     monkeypatch.setattr(rewards, "VERIFIERS", dict(rewards.VERIFIERS))
     names = {**vars(rewards), **vars(data)}
@@ -150,6 +150,16 @@ def test_the_new_task_of_the_readme_works_as_written(tmp_path, monkeypatch):
     run(tmp_path, "zero", tiny=[*PIPELINE, "--task=largest"])
     found = json.loads((tmp_path / "zero" / "eval.json").read_text(encoding="utf-8"))
     assert found["largest"]["problems"] == 3
+
+
+def test_the_reward_of_the_readme_works_as_written(monkeypatch):
+    parser = types.SimpleNamespace(parse=str, verify=str.__eq__)  # stands in for math-verify
+    monkeypatch.setitem(sys.modules, "math_verify", parser)
+    monkeypatch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
+    exec(PYTHON[2], vars(rewards).copy())  # the README's own code
+    problem = data.Problem("file", "?", (), "7")
+    texts = ["<answer>7</answer>", "<answer>8</answer>", ""]
+    assert rewards.REWARDS["algebra"]([problem] * 3, texts) == [1, 0, 0]
 
 
 # ---------------------------------------------------------------------------------------- commands
