@@ -11,7 +11,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -35,6 +35,9 @@ class DataConfig:
     ops: str = opt("+-*", "operations a problem may need, from + - * /")
     eval_problems: int = opt(500, "held-out problems in the final evaluation", least=1)
     data: str = opt("", "JSONL file of {question, answer} to take problems from, as task `file`")
+    eval_data: str = opt("", "another one to evaluate on; none = a part of `data` is held out")
+    question_key: str = opt("question", "what the question is called in such a file")
+    answer_key: str = opt("answer", "... and the answer")
     template: str = opt("toy", "how problems are put to the model; qwen is for SmolLM2, too",
                         choices=("toy", "base", "qwen", "llama"))
     shots: int = opt(0, "worked examples in the prompt, for real models", least=0, most=3)
@@ -54,8 +57,12 @@ class DataConfig:
             raise UserError(f"shots={self.shots} needs another template than toy")
         if self.task == "file" and not self.data:
             raise UserError("task=file needs --data=FILE")
-        if self.data:
-            file_problems(self.data)
+        if self.eval_data and not self.data:
+            raise UserError("--eval_data needs --data=FILE to train on")
+        for path in filter(None, (self.data, self.eval_data)):
+            problems = file_problems(path, self.question_key, self.answer_key)
+            if not self.eval_data and len({problem.held_out for problem in problems}) < 2:
+                raise UserError(f"data={path}: {len(problems)} problems are too few to split")
         for name, share in self.shares().items():
             if name not in TASKS or name == "file" and not self.data or not share:
                 raise UserError(f"mix={self.mix!r} must be {', '.join(TASKS)} or task, with "
@@ -128,9 +135,25 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens={})
         self.markers = re.compile(f"({any_of(special)})")
+        self.shown = re.compile(f"({any_of(set(special) - set(hidden)) or '(?!)'})")
 
     def encode(self, text):
-        """Text to ids; what looks like a special token is encoded as plain characters."""
+        """Text to ids. <think> is one where the vocabulary shows it as a token (Qwen3); tokens that
+        `decode` hides are encoded as plain characters."""
+        return self.encode_marked(text, "{question}", self.shown)
+
+    def encode_marked(self, text, question="", markers=None):
+        """A template to ids. Its special tokens are meant, those in the question, which replaces
+        {question}, are not."""
+        ids = []
+        for i, part in enumerate((markers or self.markers).split(text)):
+            if i % 2:
+                ids.append(self.special[part])
+            else:
+                ids += self.encode_plain(part.replace("{question}", question))
+        return ids
+
+    def encode_plain(self, text):
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         if not self.absent:
             return self.encoding.encode_ordinary(text)
@@ -139,17 +162,6 @@ class Tokenizer:
         dropped = {chr(b) for b in self.absent if b < 128}
         text = PUNCTUATION.sub(lambda m: "".join(sorted(m[0], key=dropped.__contains__)), text)
         return [id for id in self.encoding.encode_ordinary(text) if id < self.n_vocab]
-
-    def encode_marked(self, text, question=""):
-        """A template to ids. Its special tokens are meant, those in the question, which replaces
-        {question}, are not."""
-        ids = []
-        for part in self.markers.split(text):
-            if part in self.special:
-                ids.append(self.special[part])
-            else:
-                ids += self.encode(part.replace("{question}", question))
-        return ids
 
     def decode(self, ids):
         """Ids to text, without hidden and unknown ones; U+FFFD for bytes that are no UTF-8."""
@@ -396,24 +408,44 @@ def draw_unsafe(cfg, rng):
 
 
 @cache
-def file_problems(path):
+def file_problems(path, question_key="question", answer_key="answer"):
     """Reads a JSONL file. As in GSM8K, an answer may be a solution that ends in `#### 72`."""
-    problems = []
+    problems, number = [], 0
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, "rb") as f:
             for line in f:
-                entry = json.loads(line)
-                question = entry["question"].strip()
-                answer = str(entry["answer"]).split("####")[-1].strip()
-                if not question or not answer:
+                number += 1
+                if not line.strip():
+                    continue
+                entry = json.loads(line, parse_float=str)  # 0.50 stays as written, NaN a float
+                question, answer = entry.get(question_key), entry.get(answer_key)
+                if type(question) is not str or type(answer) not in (str, int):  # true is no int
+                    raise ValueError(f"answer {answer!r}, keys {list(entry)}")
+                answer = str(answer).split("####")[-1].strip()
+                if not question.strip() or not answer:
                     raise ValueError("empty")
-                problems.append(Problem("file", question, (), answer))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"task=file, data={path}: cannot read line {len(problems) + 1} as question "
-                        f"and answer ({repr(e)[:80]})") from None
-    if len({problem.held_out for problem in problems}) < 2:
-        raise UserError(f"data={path}: {len(problems)} problems are too few to hold some out")
-    return tuple(problems)
+                problems.append(Problem("file", question.strip(), (), answer))
+    except (OSError, ValueError, AttributeError, RecursionError) as e:
+        raise UserError(f"task=file, data={path}: cannot read line {number} as {{{question_key}: "
+                        f"text, {answer_key}: text or number}} ({repr(e)[:120]}); --question_key "
+                        f"and --answer_key name others") from None
+    return problems
+
+
+def leave_out_long(cfg, tok, room):
+    """Removes the problems of files with prompts of more than `room` tokens, for all that draw."""
+    for path in filter(None, (cfg.data, cfg.eval_data)):
+        problems = file_problems(path, cfg.question_key, cfg.answer_key)
+        n = len(problems)
+        problems[:] = [p for p in problems if len(prompt_ids(p, tok, cfg)) <= room]
+        if len(problems) < n:
+            print(f"{path}: {n - len(problems)} of {n} problems are left out, their prompts are "
+                  f"longer than context - max_new_tokens = {room}")
+
+
+def draw_from_file(cfg, rng):
+    problems = file_problems(cfg.data, cfg.question_key, cfg.answer_key)
+    return rng.choice(problems) if problems else None
 
 
 def draw_problem(cfg, rng, task=None, held_out=False):
@@ -423,9 +455,12 @@ def draw_problem(cfg, rng, task=None, held_out=False):
         if others:
             task = rng.choices(list(shares), list(shares.values()))[0]
     examples = {example.key for example, *_ in EXAMPLES} if cfg.shots else ()
+    is_split = task == "file" and cfg.eval_data  # into two files
+    if is_split and held_out:
+        cfg = replace(cfg, data=cfg.eval_data)
     for _ in range(20_000):
         problem = TASKS[task].draw(cfg, rng)
-        if problem and problem.held_out == held_out and problem.key not in examples:
+        if problem and (is_split or problem.held_out == held_out) and problem.key not in examples:
             return problem
     raise UserError(f"n_numbers={cfg.n_numbers}, max_number={cfg.max_number}, ops={cfg.ops} leave "
                     f"no {task} problem to {'hold out' if held_out else 'train on'}")
@@ -493,7 +528,27 @@ def prompt_ids(problem, tok, cfg):
         text += turn.replace("{question}", in_words(example, cfg))
         text += tagged([f"{thinking}\n"], answer) + end
     text += turn + "<think>\n" * cfg.prefill_think
+    unknown = set(re.findall(r"<\|\w+\|>", text)) - set(tok.special)
+    if unknown:
+        raise UserError(f"template={cfg.template}: the tokenizer has no {', '.join(unknown)}")
     return tok.encode_marked(text, in_words(problem, cfg))
+
+
+def stops(tok, cfg):
+    """What ends a completion, as `generate` wants it: tokens, the template's first, and for `base`,
+    which has none, the first </answer>."""
+    end = TEMPLATES[cfg.template][2].strip()
+    ids = (tok.special[end], *tok.stop_ids) if end in tok.special else tok.stop_ids
+
+    def find_end(ids):
+        text = b""
+        for n, id in enumerate(ids, start=1):
+            text += tok.bytes_of.get(id, b"")
+            if text.rfind(b"</answer>", -100) >= 0:
+                return n
+        return 0
+
+    return ids, find_end if cfg.template == "base" else None
 
 
 def prompt_text(problem, cfg):
@@ -716,7 +771,7 @@ TASKS = {
     "code": Task(draw_code, write_code),
     "chat": Task(draw_chat, write_general, in_corpus=False),
     "unsafe": Task(draw_unsafe, write_general, in_corpus=False),
-    "file": Task(lambda cfg, rng: rng.choice(file_problems(cfg.data)), in_corpus=False),
+    "file": Task(draw_from_file, in_corpus=False),
 }
 REASONING = ("countdown", "arithmetic", "logic", "code")  # --task=all
 GENERAL = ("chat", "unsafe")  # rewarded by preferences, not by rules
@@ -749,7 +804,8 @@ def sft_batch(rows, tok, cfg, rng, n):
     end token included, both (n, T)."""
     chosen = [rng.choice(rows) for _ in range(n)]
     pairs = [(prompt_ids(problem, tok, cfg), tok.encode(text)) for problem, text in chosen]
-    tokens, mask = pad([prompt + text + [tok.end_id] for prompt, text in pairs], tok.pad_id)
+    end_id = stops(tok, cfg)[0][0]
+    tokens, mask = pad([prompt + text + [end_id] for prompt, text in pairs], tok.pad_id)
     starts = torch.tensor([[len(prompt)] for prompt, _ in pairs])
     return tokens, mask & (torch.arange(tokens.shape[1]) >= starts)
 
@@ -793,6 +849,9 @@ def split_pattern(pre_tokenizer):
 def tokenizer_from_hf(folder):
     """tokenizer.json and the end tokens named beside it -> Tokenizer."""
     path = Path(folder, "tokenizer.json")
+    if not Path(folder).is_dir():
+        raise UserError(f"init_from={folder}: no such local folder; to download a model: "
+                        f"hf download {folder} --local-dir FOLDER")
     file = read_json(path)
     try:
         bpe, added = file["model"], file.get("added_tokens") or []

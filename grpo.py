@@ -136,7 +136,7 @@ class Sample(Completion):
 def train_grpo(policy, ref, env, run, cfg):
     """Trains `policy` in place. `ref` is the reference, None if cfg.kl_coef is 0. `env` has
     draw(rng) -> (problem, its prompt's ids), decode(ids) -> text, reward(samples) -> (rewards, a
-    dict of parts for each) and stop_ids. `run` resumes, logs, evaluates and saves."""
+    dict of parts for each), stop_ids and find_end. `run` resumes, logs, evaluates and saves."""
     P, G = cfg.prompts_per_step, cfg.group_size
     optimizers = make_optimizers(policy, cfg.rl_lr, cfg.rl_optimizer)
     start = run.resume(policy, optimizers, ref)
@@ -159,7 +159,7 @@ def train_grpo(policy, ref, env, run, cfg):
             # ---- Sample: G completions of each problem, from the whole softmax: no top-k, no top-p
             drawn = [env.draw(rng) for _ in range(P - len(groups))]
             completions = generate(sampler, [prompt for _, prompt in drawn], G, cfg.max_new_tokens,
-                                   cfg.temperature, env.stop_ids, generator)
+                                   cfg.temperature, env.stop_ids, generator, env.find_end)
             samples = [Sample(**vars(completion), problem=drawn[i // G][0],
                               text=env.decode(completion.ids))
                        for i, completion in enumerate(completions)]

@@ -413,9 +413,10 @@ class Completion:
 
 @torch.no_grad()
 def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, stop_ids=(),
-             generator=None, share_prefix=True, drop_rows=True, static=None):
+             generator=None, find_end=None, share_prefix=True, drop_rows=True, static=None):
     """Samples `group_size` completions of each prompt (lists of ids) from the whole softmax ->
     Completions, number i of prompt i // group_size. Raises UserError if a prompt does not fit.
+    One ends with one of `stop_ids`, or at a length that find_end(its ids) returns, if not 0.
 
     Row i draws the same random numbers whatever the other rows do: `share_prefix`, `drop_rows` and
     `static` (CUDA graphs; None = on CUDA) save time and change no sample."""
@@ -459,6 +460,9 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
         if t + 1 == max_new_tokens:
             break
         if t % 4 == 3:  # to look for finished rows, the host waits for the device: not every token
+            if find_end:
+                recent = new[rows, max(0, t - 15):t + 1].tolist()
+                stopped |= torch.tensor([find_end(ids) > 0 for ids in recent], device=device)
             alive = (~stopped).nonzero()[:, 0]
             if len(alive) == 0:
                 break
@@ -479,6 +483,9 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     is_end = torch.isin(new, stop)
     new_lens = (is_end.cumsum(1) - is_end.int() == 0).sum(1).tolist()
     ids, logps, truncated = new.tolist(), new_logp.cpu(), (~is_end.any(1)).tolist()
+    for i, n in enumerate(new_lens if find_end else []):
+        found = find_end(ids[i][:n])
+        new_lens[i], truncated[i] = found or n, truncated[i] and not found
     return [Completion(prompts[i // group_size], ids[i][:n], logps[i, :n], truncated[i])
             for i, n in enumerate(new_lens)]
 

@@ -434,7 +434,8 @@ class Environment:
     def __init__(self, tok, data_cfg, reward_cfg, max_new_tokens, judge=None):
         """`judge` is a RewardModel, wanted if there is a weight on preference."""
         self.tok, self.data, self.rewards = tok, data_cfg, reward_cfg
-        self.max_new_tokens, self.judge, self.stop_ids = max_new_tokens, judge, tok.stop_ids
+        self.max_new_tokens, self.judge = max_new_tokens, judge
+        self.stop_ids, self.find_end = data.stops(tok, data_cfg)
 
     def draw(self, rng):
         """A training problem and its prompt's ids."""

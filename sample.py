@@ -197,7 +197,9 @@ def open_checkpoint(given, path=""):
     if cfg.sample.threads:
         torch.set_num_threads(cfg.sample.threads)
     choose_matmul(cfg.sample)
-    return path, model_of(state, path), data.load_tokenizer(cfg.sample.init_from), cfg
+    model, tok = model_of(state, path), data.load_tokenizer(cfg.sample.init_from)
+    data.leave_out_long(cfg.data, tok, model.cfg.context - cfg.grpo.max_new_tokens)
+    return path, model, tok, cfg
 
 
 # ------------------------------------------------------------------------------------------------
@@ -206,13 +208,14 @@ def open_checkpoint(given, path=""):
 
 def sample_answers(model, tok, problems, k, cfg, temperature, generator, desc):
     """k completions of each problem, in order: (problem, text, Completion) each."""
+    answers, (stop_ids, find_end) = [], data.stops(tok, cfg.data)
     # As many at a time as in a step of training, or more: `train.memory_plan` counts on it.
-    answers, size = [], max(32, cfg.grpo.prompts_per_step * cfg.grpo.group_size // k)
+    size = max(32, cfg.grpo.prompts_per_step * cfg.grpo.group_size // k)
     for i in tqdm(range(0, len(problems), size), desc=desc, leave=False, disable=None):
         chunk = problems[i:i + size]
         prompts = [data.prompt_ids(problem, tok, cfg.data) for problem in chunk]
-        out = generate(model, prompts, k, cfg.grpo.max_new_tokens, temperature, tok.stop_ids,
-                       generator)
+        out = generate(model, prompts, k, cfg.grpo.max_new_tokens, temperature, stop_ids,
+                       generator, find_end)
         for j, completion in enumerate(out):
             text = data.completion_text(completion.ids, tok, cfg.data)
             answers.append((chunk[j // k], text, completion))

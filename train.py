@@ -125,6 +125,8 @@ def stage_config(stage, given, tok):
             raise UserError(f"{', '.join(shape)} cannot be set: {folder} has its own shape")
         model = config_from_hf(read_json(os.path.join(folder, "config.json")))
         cfg.model = replace(model, context=min(model.context, cfg.model.context))
+    elif cfg.data.data:
+        raise UserError("--data needs --init_from=FOLDER: the toy base cannot read such questions")
     elif cfg.train.base_length > cfg.model.context:
         raise UserError(f"base_length={cfg.train.base_length} does not fit the context of "
                         f"{cfg.model.context}: lower it or raise --context")
@@ -147,6 +149,7 @@ def refuse_other_settings(cfg, state, keys, path, advice):
 
 def longest_prompt(cfg, tok):
     """In tokens. Raises UserError, before any training, if a completion may not fit behind it."""
+    data.leave_out_long(cfg.data, tok, cfg.model.context - cfg.grpo.max_new_tokens)
     prompts = [data.prompt_ids(problem, tok, cfg.data)
                for problem in data.eval_problems(cfg.data, 50)]
     longest, new = max(map(len, prompts)), cfg.grpo.max_new_tokens

@@ -1,5 +1,6 @@
 """The toy world: any text round-trips, every problem has an answer, and nothing held out is ever
 trained on."""
+import gzip
 import itertools
 import json
 import random
@@ -101,6 +102,82 @@ def test_a_file_of_problems_is_the_task_by_itself(tmp_path):
     assert {p.task for p in drawn} == {"file", "chat"}
     assert all(int(p.target) == 2 * numbers_in(p.question)[0] for p in drawn if p.task == "file")
     assert not set(data.eval_problems(cfg, 40)) & set(drawn)
+
+
+def write_rows(path, rows, encoding="utf-8"):
+    path.write_bytes("".join(f"{json.dumps(row)}\n" for row in rows).encode(encoding))
+    return str(path)
+
+
+ROWS = [{"question": f"How much is {n} + {n}?", "answer": 2 * n} for n in range(40)]
+
+
+def test_a_file_may_have_a_byte_order_mark_blank_lines_and_numbers_and_other_keys(tmp_path):
+    file = tmp_path / "d.jsonl"
+    path = write_rows(file, [{"problem": row["question"], "answer": 0, "solution": n / 2}
+                             for n, row in enumerate(ROWS)], "utf-8-sig")
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n \n"))
+    validate(DataConfig(data=path, question_key="problem", answer_key="solution"))
+    problems = data.file_problems(path, "problem", "solution")
+    assert [p.question for p in problems] == [row["question"] for row in ROWS]
+    assert [p.target for p in problems] == [str(n / 2) for n in range(40)]
+
+
+@pytest.mark.parametrize("row, words", [
+    ('{"question": "q", "answer": null}', ["line 42", "None"]),
+    ('{"question": "q", "answer": ["1"]}', ["line 42", "['1']"]),
+    ('{"question": "q", "answer": true}', ["line 42", "True"]),
+    ('{"question": "q", "answer": NaN}', ["line 42", "nan"]),
+    ('{"question": "q", "answer": "#### "}', ["line 42", "empty"]),
+    ('{"question": 7, "answer": "1"}', ["line 42"]), ("[1]", ["line 42"]), ("{", ["line 42"]),
+    ('{"id": 1, "text": "q"}', ["line 42", "['id', 'text']", "{question: text, answer: text or",
+                                "--question_key"]),
+    ("é".encode("latin-1"), ["line 42"]), (b"\x1f\x8b\x08\x00", ["line 42"])])
+def test_a_row_that_is_no_problem_is_refused_in_one_line_with_its_number(row, words, tmp_path):
+    path = write_rows(tmp_path / "d.jsonl", ROWS)
+    with open(path, "ab") as f:
+        f.write(b"\n" + (row if isinstance(row, bytes) else row.encode()))
+    with pytest.raises(UserError) as e:
+        validate(DataConfig(data=path))
+    assert all(word in str(e.value) for word in words) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("content", [
+    "".join(f"{json.dumps(row)}\n" for row in ROWS).encode("utf-16"),
+    gzip.compress(json.dumps(ROWS).encode()),
+    b"PAR1\x15\x04\x15\x10\n\xff"])
+def test_files_of_other_kinds_are_refused_in_one_line(content, tmp_path):
+    (tmp_path / "d").write_bytes(content)
+    with pytest.raises(UserError, match="d: cannot read line [12] "):
+        validate(DataConfig(data=str(tmp_path / "d")))
+
+
+def test_an_official_test_split_is_what_is_evaluated_on_and_all_else_is_trained_on(tmp_path):
+    path = write_rows(tmp_path / "train.jsonl", ROWS)
+    tests = [{"question": f"And {n}?", "answer": n} for n in range(20)]
+    cfg = DataConfig(data=path, eval_data=write_rows(tmp_path / "test.jsonl", tests))
+    validate(cfg)
+    rng = random.Random(0)
+    drawn = {draw_problem(cfg, rng).question for _ in range(1000)}
+    assert drawn == {row["question"] for row in ROWS}
+    assert {p.question for p in data.eval_problems(cfg, 50)} == {row["question"] for row in tests}
+    with pytest.raises(UserError, match="--data"):
+        validate(DataConfig(eval_data=cfg.eval_data))
+
+
+def test_problems_too_long_for_the_context_are_left_out_and_counted(tmp_path, capsys):
+    rows = [*ROWS, {"question": "x" * 500, "answer": 1}, {"question": "y" * 80, "answer": 1}]
+    cfg = DataConfig(data=write_rows(tmp_path / "d.jsonl", rows))
+    problems = data.file_problems(cfg.data, "question", "answer")
+    longest = len(data.prompt_ids(problems[-1], TOK, cfg))
+    data.leave_out_long(cfg, TOK, longest)
+    assert "1 of 42 problems are left out" in capsys.readouterr().out
+    assert max(len(p.question) for p in problems) == 80
+    data.leave_out_long(cfg, TOK, longest)
+    assert capsys.readouterr().out == ""
+    data.leave_out_long(cfg, TOK, 1)
+    with pytest.raises(UserError, match="no file problem"):
+        draw_problem(cfg, random.Random(0))
 
 
 # ---------------------------------------------------------------------------------------- problems

@@ -660,7 +660,7 @@ def test_autocast_does_not_span_optimiser_steps(tiny):
 class Env:
     """Problems are numbers. A completion's text is its ids, and it is right if their count is even,
     or else its rewards come from a script: a list of rewards for each call of `reward`."""
-    stop_ids = (1, 2)
+    stop_ids, find_end = (1, 2), None
 
     def __init__(self, script=None):
         self.script, self.drawn, self.texts = script, [], []

@@ -3,12 +3,20 @@ line. tests/fixtures/make.py imports IDS, TEXTS and STRANGE from here."""
 import itertools
 import json
 import os
+import random
 import shutil
 
 import pytest
 import torch
 
-from data import load_tokenizer
+import data
+from data import (
+    DataConfig,
+    countdown_problem,
+    load_tokenizer,
+    prompt_ids,
+    sft_batch,
+)
 from model import (
     GPTConfig,
     UserError,
@@ -366,6 +374,67 @@ def test_a_question_cannot_forge_the_templates_tokens():
     tok = load_tokenizer(fixture("tokenizer_qwen"))
     ids = tok.encode_marked("<|im_start|>user\n{question}<|im_end|>", "x<|im_end|><think>")
     assert ids.count(tok.special["<|im_end|>"]) == 1 and tok.special["<think>"] not in ids
+
+
+def test_tags_are_one_token_where_the_vocabulary_shows_them_and_hidden_ones_are_spelled():
+    tok = load_tokenizer(fixture("tokenizer_qwen"))
+    ids = tok.encode("<think>\n1</think>{question}<|im_end|>")
+    assert ids[0] == tok.special["<think>"] and ids.count(tok.special["</think>"]) == 1
+    assert tok.special["<|im_end|>"] not in ids
+    assert tok.decode(ids) == "<think>\n1</think>{question}<|im_end|>"
+    assert tok.encode("<|im_end|>") != [tok.special["<|im_end|>"]]
+    cfg = DataConfig(template="qwen", prefill_think=True)
+    problem = countdown_problem((3, 7, 2), 20)
+    tokens, mask = sft_batch([(problem, "so</think>")], tok, cfg, random.Random(0), 1)
+    assert tokens[mask].tolist() == [*tok.encode("so</think>"), tok.special["<|im_end|>"]]
+    assert tok.special["</think>"] in tokens[mask] and tok.special["<think>"] in tokens[~mask]
+
+
+@pytest.mark.parametrize("template, end", [("qwen", "<|im_end|>"), ("llama", "<|eot_id|>")])
+def test_the_end_of_a_templates_turn_ends_a_completion_whatever_the_files_name(
+        template, end, tmp_path):
+    other, text = "<|endoftext|>", open(fixture("tokenizer_llama3", "tokenizer.json")).read()
+    (tmp_path / "tokenizer.json").write_text(text.replace("<|im_end|>", end))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": other}))
+    tok = load_tokenizer(str(tmp_path))
+    ids, find_end = data.stops(tok, DataConfig(template=template))
+    assert list(ids) == [tok.special[end], tok.special[other]] and find_end is None
+
+
+def test_without_a_chat_template_a_completion_ends_with_its_first_answer():
+    tok = load_tokenizer(fixture("tokenizer_qwen"))
+    ids, find_end = data.stops(tok, DataConfig(template="base"))
+    said = tok.encode("<think>2</think>\n<answer>9</answer>")
+    more = tok.encode("\n\nUser: <answer>1</answer>")
+    assert find_end(said + more) == find_end(said) == len(said) and ids == tok.stop_ids
+    assert find_end(said[:-1]) == find_end([]) == find_end([10**6]) == 0
+
+
+@pytest.mark.parametrize("template, lacks", [("llama", "eot_id"), ("qwen", "im_start")])
+def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused(template, lacks):
+    tok, problem = load_tokenizer(), countdown_problem((3, 7, 2), 20)
+    with pytest.raises(UserError, match=lacks):
+        prompt_ids(problem, tok, DataConfig(template=template))
+
+
+def test_several_merges_may_have_one_product(tmp_path):
+    folder = shutil.copytree(fixture("tokenizer_gpt2"), tmp_path / "t")
+    file = json.loads((folder / "tokenizer.json").read_text())
+    vocab, merges = file["model"]["vocab"], []
+    for pair in file["model"]["merges"]:  # as in Llama 3: each product with all its pairs
+        word = "".join(pair)
+        merges += [[word[:i], word[i:]] for i in range(1, len(word))
+                   if word[:i] in vocab and word[i:] in vocab]
+    assert len(merges) > len(file["model"]["merges"])
+    file["model"]["merges"] = merges
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    tok, same = load_tokenizer(str(folder)), load_tokenizer(fixture("tokenizer_gpt2"))
+    assert all(tok.encode(text) == same.encode(text) for text in TEXTS + STRANGE)
+
+
+def test_a_name_on_the_hub_is_no_folder():
+    with pytest.raises(UserError, match="local folder.*hf download Qwen/Qwen3-0.6B --local"):
+        load_tokenizer("Qwen/Qwen3-0.6B")
 
 
 REVERSED, REMOVED = "reversed", "removed"

@@ -331,6 +331,24 @@ def test_any_of_several_end_tokens_ends_a_completion_also_at_once():
     assert not any(c.truncated for c in out)
 
 
+def test_a_completion_also_ends_where_a_function_of_its_ids_says_so():
+    asked = []
+
+    def after_two_nines(ids):
+        asked.append(len(ids))
+        return next((i + 2 for i in range(len(ids) - 1) if ids[i:i + 2] == [9, 9]), 0)
+
+    texts = [[7, 9, 9, 7, 9, 9], [7, 3, 9, 9], [9, 7] * 20, [7] * 38 + [9, 9]]
+    out = say([text + [7] * (40 - len(text)) for text in texts], max_new_tokens=40, stop_ids=(3,),
+              find_end=after_two_nines)
+    assert [c.ids for c in out] == [[7, 9, 9], [7, 3], [9, 7] * 20, [7] * 38 + [9, 9]]
+    assert [c.truncated for c in out] == [False, False, True, False]
+    assert [len(c.logps) for c in out] == [3, 2, 40, 40]
+    asked.clear()
+    say([[7, 9, 9] + [7] * 37], max_new_tokens=40, find_end=after_two_nines)
+    assert len(asked) < 5  # and sampling stops there, too
+
+
 def test_a_completion_that_ends_with_its_last_allowed_token_is_not_truncated():
     out = say([[7, 7, 3], [7, 7, 7]], max_new_tokens=3, stop_ids=(3,))
     assert [c.truncated for c in out] == [False, True]

@@ -872,6 +872,18 @@ def test_problems_can_come_from_a_file(folder, tmp_path):
     assert results(tmp_path / "zero")["file"]["problems"] == 3
     asked = {line["prompt"].strip() for line in read(tmp_path / "zero", "samples.jsonl")}
     assert asked <= {p.question for p in problems if p.held_out}
+    # A checkpoint of another task is evaluated on a file, too.
+    run(tmp_path / "sums", "zero", tiny=[*REAL, f"--init_from={folder}", "--task=arithmetic"])
+    ckpt = tmp_path / "sums" / "zero" / "ckpt.pt"
+    train.main(["eval", f"--ckpt={ckpt}", f"--data={path}"])
+    assert set(results(ckpt.parent)) == {"arithmetic", "file"}
+
+
+def test_the_toy_base_is_not_trained_on_a_file(tmp_path, capsys):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(f'{{"question": "{i}?", "answer": {i}}}\n' for i in range(40)))
+    argv = ["zero", *ZERO, f"--data={path}", f"--out_dir={tmp_path}"]
+    assert "--data needs --init_from=FOLDER" in refusal(train.main, argv, capsys)
 
 
 def test_a_worked_example_is_never_the_problem_itself():
@@ -886,12 +898,13 @@ def test_a_worked_example_is_never_the_problem_itself():
 def test_prompts_carry_the_template_the_examples_and_the_question():
     tok, problem = data.load_tokenizer(), data.countdown_problem((3, 7, 2), 20)
 
-    def prompt(**settings):
+    def prompt(tok, **settings):
         return tok.decode(data.prompt_ids(problem, tok, data.DataConfig(**settings)))
 
-    assert prompt() == problem.prompt
-    for template in ("base", "qwen", "llama"):
-        shown = prompt(template=template, shots=2, prefill_think=True)
+    assert prompt(tok) == problem.prompt
+    qwen = data.load_tokenizer(os.path.join(HERE, "tests", "fixtures", "tokenizer_qwen"))
+    for template in ("base", "qwen"):
+        shown = prompt(qwen, template=template, shots=2, prefill_think=True)
         assert shown.count("<answer>") == 3 and shown.count("make") == 3
         assert "make 20" in shown and shown.endswith("<think>\n")
     cfg = data.DataConfig(template="base", prefill_think=True)
@@ -939,7 +952,7 @@ def test_memory_is_planned_from_the_settings():
     (["--w_format=nan"], ["w_format"]),
     (["--clip_low=2"], ["clip_low"]),
     (["--context=30", "--base_length=20"], ["context"]),
-    (["--init_from=/nowhere"], ["/nowhere"]),
+    (["--init_from=/nowhere"], ["/nowhere", "local folder"]),
     (["--template=qwen2"], ["template", "qwen"]),
     (["--shots=2"], ["shots", "toy"]),
     (["--data=/nowhere.jsonl"], ["/nowhere.jsonl"]),
