@@ -316,6 +316,86 @@ def claims(seeds, counting):
                         for claim, stages, figures, check in rows])
 
 
+# ------------------------------------------------------------------------------------------------
+# Rows for what evidence.py has written
+
+
+def change(stage, key="pass@1", show=pct, start="base"):
+    """Shows the runs' results for a task at `start` and after a control."""
+    def figures(runs, task):
+        at_start, end = (by_seed([run[s][task][key] for run in runs], show) for s in (start, stage))
+        return f"{at_start} → {end}"
+    return figures
+
+
+def meeting(runs, task):
+    found = [run["meet"][task] for run in runs]
+    return " / ".join("none" if k is None else str(k) for k in found)
+
+
+def ends(key, curve):
+    """Shows the first and the last point of the runs' curves for a task."""
+    def figures(runs, task):
+        found = [list(run[key][task][curve].values()) for run in runs]
+        show = whole if key == "length" else pct
+        return " → ".join(by_seed([points[i] for points in found], show) for i in (0, -1))
+    return figures
+
+
+EVIDENCE = [  # command, claim, its figures, its check of a run and a task: as strong as the words
+    ("shuffle", "random reward: pass@1 does not rise, or by so little that 95 % intervals overlap",
+     change("shuffled"),
+     lambda run, t: run["shuffled"][t]["pass@1_ci"][0] <= run["base"][t]["pass@1_ci"][1]),
+    ("alone", "format reward alone: tags in 95 %, and with tags left aside at most 5 points gained",
+     change("format_alone", "pass@1_untagged"),
+     lambda run, t: run["format_alone"][t]["format"] >= 0.95
+     and run["format_alone"][t]["pass@1_untagged"] <= run["base"][t]["pass@1_untagged"] + 0.05),
+    ("alone", "accuracy reward alone: within 3 points of both rewards, or better",
+     change("accuracy_alone", start="zero"),
+     lambda run, t: run["accuracy_alone"][t]["pass@1"] >= run["zero"][t]["pass@1"] - 0.03),
+    ("alone", "without division by length and std thinking grows by a half or more, too",
+     change("undivided", "length", whole),
+     lambda run, t: run["undivided"][t]["length"] >= 1.5 * run["base"][t]["length"]),
+    ("passk", "zero finds more than its base, tags left aside, for each k up to 4; they meet at k",
+     meeting, lambda run, t: (run["meet"][t] or 1e9) > 4),
+    ("budget", "the more thinking tokens, the more is right (at most a point less from one budget "
+     "to the next, 10 more in all)", ends("budget", "zero"),
+     lambda run, t: rises(run["budget"][t]["zero"].values(), 0.01, 0.1)),
+    ("budget", "a majority of all samples is right more often than one sample",
+     ends("cons@k", "zero"), lambda run, t: rises(run["cons@k"][t]["zero"].values(), 1, 1e-9)),
+    ("steps", "held-out pass@1 rises by 10 points or more over the RL steps, and falls by at most "
+     "three from one evaluation to the next",
+     ends("accuracy", "pass@1"),
+     lambda run, t: rises(run["accuracy"][t]["pass@1"].values(), 0.03, 0.1)),
+]
+
+
+def rises(values, slack, least):
+    """Whether no value is more than `slack` below the one before, and the last is `least` above the
+    first."""
+    values = list(values)
+    steady = all(b >= a - slack for a, b in zip(values, values[1:], strict=False))
+    return steady and values[-1] - values[0] >= least
+
+
+def evidence_rows(runs):
+    """Rows of claims from what evidence.py wrote: [{command: its JSON}], a seed each."""
+    rows = []
+    for command, claim, figures, check in EVIDENCE:
+        found = [run[command] for run in runs if command in run]
+        if found:
+            tasks = found[0]["tasks"]
+            shown = "; ".join(f"{task} " * (len(tasks) > 1) + figures(found, task)
+                              for task in tasks)
+            holds = all(check(run, task) for run in found for task in tasks)
+            rows.append([claim, f"`{command}`", shown, "yes" if holds else "**no**"])
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# The script
+
+
 def write(results):
     """Puts every block between its two comments in README.md and assets/results.md."""
     found = blocks(results)

@@ -1,0 +1,342 @@
+"""Controls that a sceptic asks for, on any finished run of the toy: base, zero and, if there, r1.
+
+    python tests/bench/evidence.py shuffle --out_dir=out1   # rewards shuffled within each group
+    python tests/bench/evidence.py alone --out_dir=out1     # one reward alone; no division
+    python tests/bench/evidence.py passk --out_dir=out1     # pass@k of base and zero
+    python tests/bench/evidence.py budget --out_dir=out1    # thinking cut short; majority votes
+    python tests/bench/evidence.py steps --out_dir=out1     # accuracy and length over the RL steps
+    python tests/bench/evidence.py draw out1 out2 out3 --to=assets   # a picture of several runs
+    python tests/bench/evidence.py rows out1 out2 out3      # rows for the table of claims
+
+Each writes OUT_DIR/evidence/COMMAND.json, and a picture beside it if matplotlib is installed. All
+flags of train.py are understood; what is not given is as in the run's zero.
+"""
+import os
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from functools import partial
+from unittest.mock import patch
+
+from tqdm import tqdm
+
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+from results import evidence_rows, table  # noqa: E402
+
+import data  # noqa: E402
+import rewards  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from model import (  # noqa: E402
+    UserError,
+    any_terminal,
+    generate,
+    generators,
+    load_checkpoint,
+    load_model,
+    opt,
+    pick,
+    read_json,
+    validate,
+)
+
+
+@dataclass
+class EvidenceConfig:
+    to: str = opt("", "JSON file to write; none = out_dir/evidence/COMMAND.json. For draw a folder")
+    problems: int = opt(200, "held-out problems of each task, for passk and budget", least=1)
+    samples: int = opt(0, "samples of each; 0 = 256 for passk, 16 for budget", least=0)
+    every: int = opt(20, "RL steps between the evaluations of `steps`", least=1)
+
+
+def told(given):
+    """What RL from a run's base is told: the settings of its zero, and the flags given."""
+    out_dir = given["out_dir"]
+    then = load_checkpoint(os.path.join(out_dir, "zero", "ckpt.pt"))["settings"]
+    base = then.get("base") or os.path.join(out_dir, "base", "ckpt.pt")
+    return {**then, "device": "auto", "threads": 0, "eval_every": 0, "base": base, **given}
+
+
+def tasks_of(settings):
+    return list(pick(data.DataConfig, settings).tasks())
+
+
+def results_of(folder, tasks):
+    results = sample.read_results(folder)
+    return {task: results[task] for task in tasks}
+
+
+def open_run(given, stages):
+    """(tokenizer, settings, {stage: its model}) of a run; stages that it lacks are left out."""
+    paths = {stage: os.path.join(given["out_dir"], stage, "ckpt.pt") for stage in stages}
+    paths |= {"base": told(given)["base"]} if "base" in stages else {}
+    _, _, tok, cfg = sample.open_checkpoint(given, paths["zero"])
+    models = {stage: sample.for_sampling(load_model(path), cfg.sample)
+              for stage, path in paths.items() if os.path.exists(path)}
+    return tok, cfg, models
+
+
+# ------------------------------------------------------------------------------------------------
+# Other rewards, other losses
+
+CONTROLS = {  # name: what it changes of zero's settings
+    "shuffled": {}, "format_alone": {"w_accuracy": 0.0}, "accuracy_alone": {"w_format": 0.0},
+    "undivided": {"adv_norm": "none", "loss_norm": "constant"}}
+
+
+class Shuffled(rewards.Environment):
+    """Rewards that say nothing: those of each group, dealt out anew among its samples."""
+
+    def __init__(self, group_size, seed, *others):
+        super().__init__(*others)
+        self.group_size, self.seed = group_size, seed
+
+    def reward(self, samples):
+        totals, parts = super().reward(samples)
+        # From the samples, so that a resumed run shuffles as an uninterrupted one would have.
+        rng, _ = generators("shuffle", self.seed, *[s.ids for s in samples])
+        order, G = [], self.group_size
+        for i in range(0, len(samples), G):
+            order += rng.sample(range(i, i + G), G)
+        return [totals[i] for i in order], [parts[i] for i in order]
+
+
+def run_controls(names, args, given, path):
+    """RL from the run's base that differs from its zero in the control alone, into evidence/NAME
+    -> {base, zero or NAME: {task: its results}}."""
+    settings, zero = told(given), os.path.join(given["out_dir"], "zero")
+    found = {"tasks": tasks_of(settings), "seed": settings["seed"], "steps": settings["rl_steps"],
+             "zero_steps": load_checkpoint(os.path.join(zero, "ckpt.pt"))["step"],
+             "zero": results_of(zero, tasks_of(settings))}
+    for name in names:
+        folder = os.path.join(given["out_dir"], "evidence", name)
+        shuffled = partial(Shuffled, settings["group_size"], settings["seed"])
+        env = shuffled if name == "shuffled" else rewards.Environment
+        with patch.object(train, "Environment", env):
+            train.run_command_line(["zero"], {**settings, **CONTROLS[name], "out_dir": folder})
+        for key, stage in (("base", "base"), (name, "zero")):
+            found[key] = results_of(os.path.join(folder, stage), found["tasks"])
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# Many samples
+
+
+def count_right(model, tok, problems, n, cfg, name):
+    """How many of n samples of each problem are right: with tags, and with tags left aside."""
+    right, untagged = [0] * len(problems), [0] * len(problems)
+    for start in range(0, n, 32):  # fewer at a time would be slower, and all take much memory
+        k = min(32, n - start)
+        _, generator = generators(cfg.sample.seed, "passk", name, start)
+        for i, (problem, text, _) in enumerate(sample.sample_answers(
+                model, tok, problems, k, cfg, cfg.grpo.temperature, generator,
+                f"{name}, {start} of {n} samples")):
+            right[i // k] += rewards.is_right(problem, text)
+            untagged[i // k] += rewards.is_right_untagged(problem, text)
+    return {name: right, f"{name}, tags left aside": untagged}
+
+
+def doubling(n):
+    return [2**i for i in range(n.bit_length())]
+
+
+def passk(args, given, path):
+    """pass@k of base and zero, and the least k at which the base, with tags left aside, finds as
+    much as zero."""
+    (tok, cfg, models), n = open_run(given, ("base", "zero")), args.samples or 256
+    found = {"tasks": list(cfg.data.tasks()), "samples": n, "pass@k": {}, "right": {}, "meet": {}}
+    for task in found["tasks"]:
+        problems, counts = data.eval_problems(cfg.data, args.problems, task), {}
+        for stage, model in models.items():
+            counts |= count_right(model, tok, problems, n, cfg, stage)
+        curves = {name: {k: sum(sample.pass_at_k(n, c, k) for c in right) / len(right)
+                         for k in doubling(n)} for name, right in counts.items()}
+        del curves["zero, tags left aside"]  # next to zero's own
+        found["pass@k"][task], found["right"][task] = curves, counts
+        base, zero = curves["base, tags left aside"], curves["zero"]
+        found["meet"][task] = next((k for k in base if base[k] >= zero[k]), None)
+    return found
+
+
+def think_within(model, tok, answers, budget, cfg, generator):
+    """What `sample_answers` returned, had thinking been closed by force after `budget` tokens and
+    the model then answered -> for each the text, the tokens of thinking, whether it was closed."""
+    closers = {id for id, piece in tok.bytes_of.items() if b"</think>" in piece}
+    texts, thought, prompts = [], [], {}
+    for i, (_, text, completion) in enumerate(answers):
+        ids = completion.ids
+        n = next((t for t, id in enumerate(ids) if id in closers), len(ids) + completion.truncated)
+        head = data.completion_text(ids[:budget], tok, cfg.data)
+        thinks = "<think>" in head
+        if thinks and n > budget:  # what was sampled up to here is what a shorter limit had given
+            closing = "\n" * (not head.endswith("\n")) + "</think>\n<answer>"
+            prompts[i] = completion.prompt + ids[:budget] + tok.encode(closing)
+        texts.append(text)
+        thought.append(min(n, budget) if thinks else 0)
+    rows = list(prompts)
+    for at in tqdm(range(0, len(rows), 256), f"budget {budget}", leave=False, disable=None):
+        chunk = rows[at:at + 256]
+        room = model.cfg.context - max(len(prompts[i]) for i in chunk)
+        out = generate(model, [prompts[i] for i in chunk], 1, min(32, room), cfg.grpo.temperature,
+                       tok.stop_ids, generator)
+        for i, completion in zip(chunk, out, strict=True):
+            ids = completion.prompt[len(answers[i][2].prompt):] + completion.ids
+            texts[i] = data.completion_text(ids, tok, cfg.data)
+    return texts, thought, [i in prompts for i in range(len(answers))]
+
+
+def budget(args, given, path):
+    """Accuracy by the tokens of thinking allowed, and by the number of votes, of zero and r1."""
+    (tok, cfg, models), k = open_run(given, ("zero", "r1")), args.samples or 16
+    limit, tasks = cfg.grpo.max_new_tokens, list(cfg.data.tasks())
+    found = {"tasks": tasks, "samples": k}
+    found |= {key: {task: {stage: {} for stage in models} for task in tasks}
+              for key in ("budget", "thinking", "closed", "cons@k")}
+    for task in tasks:
+        problems = data.eval_problems(cfg.data, args.problems, task)
+        for stage, model in models.items():
+            _, generator = generators(cfg.sample.seed, "budget", stage)
+            answers = sample.sample_answers(model, tok, problems, k, cfg, cfg.grpo.temperature,
+                                            generator, f"{stage}: {task}")
+            for most in [b for b in doubling(limit - 1) if b >= 8] + [limit]:
+                texts, *others = think_within(model, tok, answers, most, cfg, generator)
+                right = [rewards.is_right(problem, text)
+                         for (problem, *_), text in zip(answers, texts, strict=True)]
+                for key, values in zip(("budget", "thinking", "closed"), (right, *others),
+                                       strict=True):
+                    found[key][task][stage][most] = sum(values) / len(values)
+            verdicts = [rewards.verify(problem, text) for problem, text, _ in answers]
+            found["cons@k"][task][stage] = {n: cons(verdicts, k, n) for n in doubling(k)}
+    return found
+
+
+def cons(verdicts, k, n):
+    """How often the majority of n is right: `verdicts` of k samples each, cut into groups of n."""
+    groups = [verdicts[i + j:i + j + n] for i in range(0, len(verdicts), k)
+              for j in range(0, k - n + 1, n)]
+    return sum(map(sample.majority_vote, groups)) / len(groups)
+
+
+def steps(args, given, path):
+    """RL from the run's base as in zero, evaluated every so many steps; goes on from what an
+    earlier call has written."""
+    settings = told({"eval_problems": args.problems, **given})
+    folder, tasks = os.path.join(given["out_dir"], "evidence", "steps"), tasks_of(settings)
+    zero, last = os.path.join(folder, "zero"), settings["rl_steps"]
+    points = read_json(path)["points"] if os.path.exists(path) else {}
+    for step in [*range(args.every, last, args.every), last]:
+        if str(step) in points:
+            continue
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(zero, "eval.json"))  # an earlier step's, or one cut short
+        train.run_command_line(["zero"], {**settings, "rl_steps": step, "out_dir": folder})
+        if load_checkpoint(os.path.join(zero, "ckpt.pt"))["step"] != step:
+            raise UserError(f"{zero} is beyond step {step}, which {path} lacks: delete it")
+        for at, stage in (("0", "base"), (str(step), "zero")):
+            points[at] = results_of(os.path.join(folder, stage), tasks)
+        sample.write_json(path, {"points": points})
+    vote = next(key for key in points["0"][tasks[0]] if key.startswith("cons@"))
+    curves = {key: {task: {name: {at: point[task][name] for at, point in points.items()}
+                           for name in names} for task in tasks}
+              for key, names in {"accuracy": ("pass@1", vote), "length": ("length",)}.items()}
+    return {"tasks": tasks, "seed": settings["seed"], **curves, "points": points}
+
+
+# ------------------------------------------------------------------------------------------------
+# Pictures, and the command line
+
+PICTURES = {  # command: {what is drawn, a row each: (title, label of the x axis, whether log)}
+    "passk": {"pass@k": ("pass@k, %", "samples k", True)},
+    "budget": {"budget": ("right, %", "thinking tokens allowed", True),
+               "cons@k": ("majority right, %", "votes k", True)},
+    "steps": {"accuracy": ("right, %", "GRPO step", False),
+              "length": ("tokens", "GRPO step", False)}}
+
+
+def draw(name, runs, path):
+    """The figures of the same command for several runs: thin lines for these, a thick one for their
+    mean. A row for each kind of figure, a column for each task."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print("no matplotlib, no picture")
+    tasks, rows = runs[0]["tasks"], PICTURES[name]
+    size = min(8.1, 1.2 + 3.6 * len(tasks)), 0.5 + 2.3 * len(rows)  # at most 900 pixels wide
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    axes = figure.subplots(len(rows), len(tasks), squeeze=False, sharey="row")
+    for row, (key, (title, label, log)) in zip(axes, rows.items(), strict=True):
+        for axis, task in zip(row, tasks, strict=True):
+            for i, curve in enumerate(runs[0][key][task]):
+                found = [run[key][task][curve] for run in runs if curve in run[key][task]]
+                xs = [x for x in found[0] if all(x in points for points in found)]
+                scale = 1 if key == "length" else 100
+                ys = [[scale * points[x] for x in xs] for points in found]
+                ticks = [int(x) for x in xs]
+                for y in ys if len(ys) > 1 else ():
+                    axis.plot(ticks, y, f"C{i}", linewidth=0.7, alpha=0.5)
+                mean = [sum(y) / len(y) for y in zip(*ys, strict=True)]
+                axis.plot(ticks, mean, f"C{i}.-", linewidth=1.8, label=curve)
+            if log:
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(ticks[::2], ticks[::2])
+            axis.tick_params(labelsize=9)
+            axis.set_xlabel(label, fontsize=9)
+            axis.set_ylim(0, None if key == "length" else 103)
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(title, fontsize=9)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        axis.set_title(task, fontsize=10)
+    lines = axes[0][0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper center", ncols=3, fontsize=9, frameon=False)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+COMMANDS = {"shuffle": partial(run_controls, ["shuffled"]),
+            "alone": partial(run_controls, ["format_alone", "accuracy_alone", "undivided"]),
+            "passk": passk, "budget": budget, "steps": steps}
+
+
+def read_runs(folders):
+    """[{command: its JSON}] of out_dirs."""
+    paths = [{name: os.path.join(folder, "evidence", f"{name}.json") for name in COMMANDS}
+             for folder in folders]
+    return [{name: read_json(path) for name, path in run.items() if os.path.exists(path)}
+            for run in paths]
+
+
+def print_rows(runs):
+    print(table(["claim", "command", "measured, by seed", "every seed"], evidence_rows(runs)))
+
+
+def main(argv):
+    groups = {f.name: f.default_factory for f in fields(train.Config)}
+    parser = sample.Parser("evidence.py", __doc__, {"evidence": EvidenceConfig, **groups},
+                           usage="python tests/bench/evidence.py COMMAND [--setting=value ...]")
+    parser.add_argument("command", choices=[*COMMANDS, "draw", "rows"])
+    parser.add_argument("folders", nargs="*", help="out_dirs, for draw and rows")
+    given = {"out_dir": "out", **vars(parser.parse_args(argv))}
+    own = {f.name: given.pop(f.name) for f in fields(EvidenceConfig) if f.name in given}
+    command, folders, args = given.pop("command"), given.pop("folders", []), EvidenceConfig(**own)
+    with any_terminal(), sample.one_line_errors("evidence.py", given["out_dir"]):
+        validate(args)
+        if command == "rows":
+            return print_rows(read_runs(folders or [given["out_dir"]]))
+        if command == "draw":
+            runs = read_runs(folders or [given["out_dir"]])
+            for name in PICTURES:
+                if found := [run[name] for run in runs if name in run]:
+                    draw(name, found, os.path.join(args.to or "assets", f"{name}.png"))
+            return None
+        path = args.to or os.path.join(given["out_dir"], "evidence", f"{command}.json")
+        sample.write_json(path, COMMANDS[command](args, given, path))
+        found = read_json(path)  # JSON's keys are texts
+        print_rows([{command: found}])
+        print(f"{path} holds all figures")
+        if command in PICTURES:
+            draw(command, [found], f"{path.removesuffix('.json')}.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

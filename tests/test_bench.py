@@ -1,0 +1,181 @@
+"""The benchmarks whose figures the README gives as evidence, with tiny settings."""
+import json
+
+import evidence
+import pytest
+import torch
+from results import evidence_rows
+from test_train import read, results, run, weights
+
+import data
+import rewards
+from grpo import Sample
+from model import Completion, generators, load_checkpoint
+
+TOK = data.load_tokenizer()
+OTHERS = ["--problems=3", "--threads=1", "--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    run(out, "zero")
+    return out
+
+
+def found(out, command, *flags):
+    evidence.main([command, f"--out_dir={out}", *OTHERS, *flags])
+    return json.loads((out / "evidence" / f"{command}.json").read_text())
+
+
+# ------------------------------------------------------------------------- other rewards and losses
+
+
+def shuffled(monkeypatch, totals, ids):
+    monkeypatch.setattr(rewards.Environment, "reward",
+                        lambda self, samples: (totals, [{"accuracy": t} for t in totals]))
+    env = evidence.Shuffled(8, 1, TOK, None, None, 340)
+    return env.reward([Sample([1], i, None, False) for i in ids])
+
+
+def test_shuffling_keeps_the_rewards_of_each_group_and_changes_who_gets_them(monkeypatch):
+    totals, ids = [float(i) for i in range(24)], [[i] for i in range(24)]
+    dealt, parts = shuffled(monkeypatch, totals, ids)
+    for i in range(0, 24, 8):
+        assert sorted(dealt[i:i + 8]) == totals[i:i + 8] and dealt[i:i + 8] != totals[i:i + 8]
+    assert [part["accuracy"] for part in parts] == dealt
+    assert shuffled(monkeypatch, totals, ids)[0] == dealt  # a resumed run deals the same
+    assert shuffled(monkeypatch, totals, ids[::-1])[0] != dealt
+
+
+def test_a_shuffled_reward_says_nothing_about_its_sample(monkeypatch):
+    totals = [1.0, *[0.0] * 7] * 500
+    dealt, _ = shuffled(monkeypatch, totals, [[i] for i in range(4000)])
+    kept = sum(a * b for a, b in zip(dealt, totals, strict=True)) / 500
+    assert abs(kept - 1 / 8) < 0.05
+
+
+def test_controls_differ_from_zero_in_what_they_say_alone(finished, monkeypatch):
+    monkeypatch.setitem(evidence.CONTROLS, "undivided", {})  # nothing: then it must be zero again
+    report = found(finished, "alone")
+    folder = finished / "evidence"
+    assert torch.equal(weights(folder / "undivided" / "zero"), weights(finished / "zero"))
+    then = load_checkpoint(str(finished / "zero" / "ckpt.pt"))["settings"]
+    for name, setting in (("format_alone", "w_accuracy"), ("accuracy_alone", "w_format")):
+        now = load_checkpoint(str(folder / name / "zero" / "ckpt.pt"))["settings"]
+        assert {key for key in now if now[key] != then[key]} == {"out_dir", "base", setting}
+        assert now[setting] == 0
+        assert report[name]["countdown"] == results(folder / name / "zero")["countdown"]
+    assert report["steps"] == report["zero_steps"] == 3
+    assert report["base"]["countdown"] == results(finished / "base")["countdown"]
+
+
+def test_shuffling_changes_what_is_learnt_and_nothing_before(finished):
+    report = found(finished, "shuffle")
+    folder = finished / "evidence" / "shuffled" / "zero"
+    assert not torch.equal(weights(folder), weights(finished / "zero"))
+    first, other = read(folder, "metrics.jsonl")[0], read(finished / "zero", "metrics.jsonl")[0]
+    assert first["reward"] == pytest.approx(other["reward"]) and first["length"] == other["length"]
+    assert report["shuffled"]["countdown"] == results(folder)["countdown"]
+    [(_, _, figures, holds)] = evidence_rows([{"shuffle": report}])
+    assert figures == "0.0 → 0.0" and holds == "yes"
+
+
+# ------------------------------------------------------------------------------------- many samples
+
+
+def test_pass_at_k_rises_with_k_and_begins_with_the_mean(finished, monkeypatch):
+    monkeypatch.setattr(rewards, "is_right", lambda problem, text: len(text) % 3 == 0)
+    monkeypatch.setattr(rewards, "is_right_untagged", lambda problem, text: len(text) % 3 < 2)
+    report = found(finished, "passk", "--samples=40")
+    assert set(report["pass@k"]["countdown"]) == {"base", "base, tags left aside", "zero"}
+    for name, curve in report["pass@k"]["countdown"].items():
+        right = report["right"]["countdown"][name]
+        assert list(curve) == ["1", "2", "4", "8", "16", "32"] and len(right) == 3
+        assert list(curve.values()) == sorted(curve.values())
+        assert 0 < curve["1"] < 1 and curve["1"] == pytest.approx(sum(right) / 120)
+    curves = report["pass@k"]["countdown"]
+    meets = [int(k) for k, value in curves["base, tags left aside"].items()
+             if value >= curves["zero"][k]]
+    assert report["meet"]["countdown"] == min(meets, default=None)
+
+
+def answered(text, truncated=False):
+    problem = data.countdown_problem((3, 7, 2), 20)
+    prompt = data.prompt_ids(problem, TOK, data.DataConfig())
+    return problem, text, Completion(prompt, TOK.encode(text), None, truncated)
+
+
+def test_a_budget_closes_thinking_and_counts_its_tokens(finished):
+    given = {"out_dir": str(finished), "device": "cpu", "threads": 1}
+    tok, cfg, models = evidence.open_run(given, ("zero",))
+    long = "<think>\n1. 3+7=10\n2. 3*7=21\n</think>\n<answer>(3+7)*2</answer>"
+    short = "<think>\n</think>\n<answer>1</answer>"
+    endless, silent = "<think>\n" + "7+7=14\n" * 20, "<answer>(3+7)*2</answer>"
+    answers = [answered(long), answered(short), answered(endless, True), answered(silent)]
+    for budget in (1, 8, 12):
+        texts, thought, closed = evidence.think_within(
+            models["zero"], tok, answers, budget, cfg, generators(1)[1])
+        assert thought == [budget, 1, budget, 0] and closed == [True, False, True, False]
+        assert texts[1] == short and texts[3] == silent
+        for text, (_, said, completion) in zip(texts[::2], answers[::2], strict=True):
+            head = tok.decode(completion.ids[:budget])
+            assert said.startswith(head) and text.startswith(head)
+            assert text[len(head):].lstrip("\n").startswith("</think>\n<answer>")
+    texts, thought, closed = evidence.think_within(
+        models["zero"], tok, answers, 200, cfg, generators(1)[1])
+    assert texts == [said for _, said, _ in answers] and not any(closed[:2])
+
+
+def test_budgets_and_votes_end_with_what_an_evaluation_finds(finished, monkeypatch):
+    """With the whole budget all is thought that was thought, and one vote is a sample."""
+    def verify(problem, text):
+        length = len(text.split("</think>")[0].strip())
+        return str(length), length % 3 == 0
+
+    monkeypatch.setattr(rewards, "verify", verify)
+    report = found(finished, "budget", "--samples=4")
+    curve, votes = (report[key]["countdown"]["zero"] for key in ("budget", "cons@k"))
+    assert list(curve) == ["8", "12"] and list(votes) == ["1", "2", "4"]
+    assert set(report["budget"]["countdown"]) == {"zero"}  # there is no r1
+    assert curve["12"] == votes["1"] > 0
+
+
+def test_votes_are_counted_in_groups_of_one_problem():
+    yes, no = ("a", True), ("b", False)
+    verdicts = [no, yes, yes, yes, no, no, no, yes]  # four of each of two problems
+    assert [evidence.cons(verdicts, 4, n) for n in (1, 2, 4)] == [1 / 2, 1 / 4, 1 / 2]
+
+
+# ------------------------------------------------------------------------------------- the RL steps
+
+
+def test_evaluating_on_the_way_changes_nothing(finished, monkeypatch):
+    report = found(finished, "steps", "--every=2", "--rl_steps=2")
+    assert list(report["points"]) == ["0", "2"]
+    report = found(finished, "steps", "--every=2")
+    assert list(report["points"]) == ["0", "2", "3"]
+    assert torch.equal(weights(finished / "evidence" / "steps" / "zero"),
+                       weights(finished / "zero"))
+    assert report["points"]["3"]["countdown"] == results(finished / "zero")["countdown"]
+    assert list(report["length"]["countdown"]["length"].values()) == [
+        point["countdown"]["length"] for point in report["points"].values()]
+    monkeypatch.setattr(evidence.train, "run_command_line", None)  # all is there already
+    assert found(finished, "steps", "--every=2") == report
+
+
+def test_a_picture_of_two_runs_is_no_wider_than_a_readme(tmp_path):
+    pytest.importorskip("matplotlib")
+    tasks = ["countdown", "arithmetic", "logic", "code"]
+    one = {"tasks": tasks, "pass@k": {task: {"base": {"1": 0.1, "2": 0.2}} for task in tasks}}
+    evidence.draw("passk", [one, one], str(tmp_path / "passk.png"))
+    assert int.from_bytes((tmp_path / "passk.png").read_bytes()[16:20], "big") <= 900
+
+
+def test_a_row_says_no_where_one_seed_or_task_fails():
+    runs = [{"budget": {"tasks": ["countdown"], "budget": {"countdown": {"zero": {"8": low,
+             "16": high}}}, "cons@k": {"countdown": {"zero": {"1": 0.5, "2": 0.6}}}}}
+            for low, high in ((0.1, 0.9), (0.5, 0.45))]
+    assert [row[2:] for row in evidence_rows(runs)] == [
+        ["10.0 / 50.0 → 90.0 / 45.0", "**no**"], ["50.0 / 50.0 → 60.0 / 60.0", "yes"]]
+    assert evidence_rows(runs[:1])[0][3] == "yes"
