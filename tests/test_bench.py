@@ -34,7 +34,7 @@ def found(out, command, *flags):
 def shuffled(monkeypatch, totals, ids):
     monkeypatch.setattr(rewards.Environment, "reward",
                         lambda self, samples: (totals, [{"accuracy": t} for t in totals]))
-    env = evidence.Shuffled(8, 1, TOK, None, None, 340)
+    env = evidence.Shuffled(8, 1, TOK, data.DataConfig(), None, 340)
     return env.reward([Sample([1], i, None, False) for i in ids])
 
 

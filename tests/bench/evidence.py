@@ -174,12 +174,12 @@ def think_within(model, tok, answers, budget, cfg, generator):
             prompts[i] = completion.prompt + ids[:budget] + tok.encode(closing)
         texts.append(text)
         thought.append(min(n, budget) if thinks else 0)
-    rows = list(prompts)
+    rows, (stop_ids, find_end) = list(prompts), data.stops(tok, cfg.data)
     for at in tqdm(range(0, len(rows), 256), f"budget {budget}", leave=False, disable=None):
         chunk = rows[at:at + 256]
         room = model.cfg.context - max(len(prompts[i]) for i in chunk)
         out = generate(model, [prompts[i] for i in chunk], 1, min(32, room), cfg.grpo.temperature,
-                       tok.stop_ids, generator)
+                       stop_ids, generator, find_end)
         for i, completion in zip(chunk, out, strict=True):
             ids = completion.prompt[len(answers[i][2].prompt):] + completion.ids
             texts[i] = data.completion_text(ids, tok, cfg.data)
