@@ -339,14 +339,14 @@ def draw_logic(cfg, rng):
 
 
 def suspects(question):
-    """Yields every set of liars, smallest first, as (their names, the people heard until one says
-    what they could not, whether none does)."""
+    """Yields every set of liars, smallest first, as (their names, the people heard and whether what
+    they say would be true, until one says what they could not, whether none does)."""
     said = [text.split(" says ") for text in question.removesuffix(": who lies").split(", ")]
     for n in range(len(said) + 1):
         for liars in combinations([speaker for speaker, _ in said], n):
             heard = ""
             for speaker, words in said:
-                heard += speaker
+                heard += speaker + "-+"[is_true(words, liars)]
                 fits = is_true(words, liars) != (speaker in liars)
                 if not fits:
                     break
@@ -575,7 +575,7 @@ class Habits:
 
 
 # The patience from which on an author who checks counts as patient.
-ENOUGH = {"countdown": 18, "logic": 6, "code": 9, "arithmetic": 0}
+ENOUGH = {"countdown": 18, "logic": 6, "code": 9, "arithmetic": 6}
 
 
 def draw_habits(rng, task="countdown"):
@@ -651,11 +651,11 @@ def write_countdown(problem, cfg, habits, rng):
 
 
 def write_arithmetic(problem, cfg, habits, rng):
-    """Step by step and right, or a near guess without thinking."""
-    if not habits.checks:
-        return [], max(0, problem.target + rng.randint(-9, 9))
-    ops = [c for c in problem.question if c in "+-*"]
-    return work_out(problem.numbers, ops), problem.target
+    """Step by step and right. The impatient guess the last step, those who do not check all."""
+    lines = work_out(problem.numbers, [c for c in problem.question if c in "+-*"])
+    if habits.checks and habits.patience >= ENOUGH["arithmetic"]:
+        return lines, problem.target
+    return lines[:-1] * habits.checks, max(0, problem.target + rng.randint(-9, 9))
 
 
 def write_logic(problem, cfg, habits, rng):

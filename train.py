@@ -603,6 +603,8 @@ def run_stage(name, given):
         print(f"{name}: done ({run.path('ckpt.pt')}, {run.saved['step']} steps)")
     else:
         print(f"{name}: {run.steps} steps on {run.device}, into {run.dir}")
+        with suppress(FileNotFoundError):  # of fewer steps
+            os.remove(run.path("eval.json"))
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread:  # elsewhere Python allows no handlers
             signal.signal(signal.SIGINT, run.stop_after_step)
