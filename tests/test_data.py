@@ -392,10 +392,10 @@ def test_few_authors_are_right_and_fewer_are_right_with_all_tags():
     assert 0.1 < n_right / n < 0.45 and 0.02 < wanted / n < 0.2
 
 
-# The least patience, in misses, that counts as that of the policy. In arithmetic nobody misses:
-# there it is enough to work the answer out.
-PATIENT = {"countdown": 18, "logic": 6, "code": 9, "arithmetic": 0}
-LESS = {"countdown": 12, "logic": 3, "code": 6}  # the next lower patience of any author
+# The least patience, in misses, that counts as that of the policy. The impatient of arithmetic
+# leave out a step.
+PATIENT = {"countdown": 18, "logic": 6, "code": 9, "arithmetic": 6}
+LESS = {"countdown": 12, "logic": 3, "code": 6, "arithmetic": 1}  # misses, or steps, of the others
 
 
 def test_no_author_of_countdown_has_all_habits_of_the_policy_and_every_two_occur_together():
@@ -413,8 +413,7 @@ def test_no_author_of_any_task_has_all_habits_of_the_policy(task):
         habits = draw_habits(rng, task)
         found.add((habits.layout == "full", habits.checks, habits.patience >= PATIENT[task]))
     assert (True, True, True) not in found
-    assert {(True, False, True), (False, True, True)} <= found
-    assert task == "arithmetic" or (True, True, False) in found
+    assert {(True, False, True), (False, True, True), (True, True, False)} <= found
 
 
 MISSES = re.compile("(?: no| 不对)(?: 🤔)?$", re.M)
@@ -431,12 +430,10 @@ def test_no_document_has_all_tags_and_the_checks_and_misses_of_the_policy(task, 
         prompt, text = document(cfg, rng)
         thinking = text.split("</think>")[0].removeprefix("<think>\n")
         if re.match(ASKED[task], prompt) and thinking:
-            misses = len(MISSES.findall(thinking))
+            counted = MISSES if task != "arithmetic" else re.compile("=")  # or steps of its work
+            misses = len(counted.findall(thinking))
             (tagged_misses if has_format(text) else other_misses).append(misses)
-    if task == "arithmetic":  # with all tags there is nothing but an answer
-        assert not tagged_misses and len(other_misses) > 100
-    else:
-        assert 0 < max(tagged_misses) <= LESS[task] < max(other_misses)
+    assert 0 < max(tagged_misses) <= LESS[task] < max(other_misses)
 
 
 def test_a_search_that_has_tried_everything_gives_up():
