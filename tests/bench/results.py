@@ -23,15 +23,15 @@ import data  # noqa: E402
 FILE = os.path.join(ROOT, "assets", "results.json")
 SEEDS = (1, 2, 3)
 ASK = "python sample.py --numbers=3,7,2 --target=20 --n=1"
-LATER = "r1 distill small_zero dev2_free zero_emoji"
+LATER = "r1 distill small_zero"
+STAGES = ("base", "zero", "dev1", "dev2", "dev3", "r1", "small_base", "small_zero", "distill")
 SHOWN_STEPS = (1, 5, 10, 20, 60)
 RUNS = {}  # name: the commands that make it, the first of which ends with zero
 for seed in SEEDS:
-    flags = f"--seed={seed} --threads=1 --out_dir=out{seed}"
-    RUNS[f"seed {seed}"] = [f"python train.py {flags}", f"python train.py {LATER} {flags}"]
-for task in ("arithmetic", "logic", "code"):
-    flags = f"--task={task} --seed=1 --threads=1 --out_dir=out-{task}1"
-    RUNS[f"{task}, seed 1"] = [f"python train.py {flags}"]
+    RUNS[f"seed {seed}"] = [f"python train.py --seed={seed} --threads=1 --out_dir=out{seed}"]
+ALL = "all tasks, seed 1"
+RUNS[ALL] = [f"python train.py {stages} --task=all --seed=1 --threads=1 --out_dir=out-all"
+             for stages in ("zero", LATER)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -79,7 +79,14 @@ def gather():
                 stages[stage] = round_all(read(path))
         minutes = round_all(read(os.path.join(where, "minutes.json")))
         runs[name] = {"minutes": minutes, "stages": stages}
+    evidence = {}
+    for name in runs:
+        path = os.path.join(folder(name), "evidence")
+        found = [file for file in sorted(os.listdir(path)) if file.endswith(".json")] \
+            if os.path.exists(path) else []
+        evidence[name] = {file[:-5]: round_all(read(os.path.join(path, file))) for file in found}
     return {"earlier": read(FILE)["earlier"], "seen": seen(folder("seed 1")), "runs": runs,
+            "evidence": evidence,
             "about": {"counting": counting(), "cpu": cpu_name(), "cores": os.cpu_count(),
                       "torch": torch.__version__, "python": platform.python_version(),
                       "commit": commit()}}
@@ -179,20 +186,28 @@ def minutes_of(run):
 
 def blocks(results):
     """{name of a block in README.md or assets/results.md: its Markdown}."""
-    runs, about = results["runs"], results["about"]
-    seeds = Seeds(runs)
-    out = {"hardware": f"{about['cores']} cores of an {about['cpu']}, torch {about['torch']}, "
-                       f"fp32, commit {about['commit']}"}
+    runs, then = results["runs"], results["earlier"]["pipeline"]
+    out = {"hardware": made_on(results["about"]), "hardware_then": made_on(then["about"]),
+           "now": now_table({name: run for name, run in runs.items() if name != ALL}),
+           "claims": claims(results), "recipe": recipe_table(runs[ALL]["stages"])}
     out |= {name: f"```\n{text}\n```" for name, text in results["seen"].items()}
     speed = results["earlier"]["speed"]["rows"]
     out["speed"] = table(speed[0], speed[1:])
-    now = results["earlier"]["now"]
-    out["now"] = (table(now["rows"][0], now["rows"][1:])
-                  + f"\n\nOn {now['hardware']}, commit {now['commit']}.")
     out["smollm2"] = f"```\n{results['earlier']['smollm2']['text']}\n```"
-    commands = [command for run in runs for command in runs[run]["minutes"]]
-    out["commands"] = "```\n" + "\n".join(commands) + "\n```"
-    out["zero"] = zero_table(runs)
+    for name, made in (("commands", runs), ("commands_then", then["runs"])):
+        commands = [command for run in made for command in made[run]["minutes"]]
+        out[name] = "```\n" + "\n".join(commands) + "\n```"
+    return out | blocks_then(then)
+
+
+def made_on(about):
+    return (f"{about['cores']} cores of an {about['cpu']}, torch {about['torch']}, fp32, commit "
+            f"{about['commit']}")
+
+
+def blocks_then(then):
+    """The tables of the recipe on countdown alone, three seeds, as it was measured earlier."""
+    out, seeds = {"zero": zero_table(then["runs"])}, Seeds(then["runs"])
     columns = [("pass@1", "countdown", "pass@1", pct), ("cons@16", "countdown", "cons@16", pct),
                ("greedy", "countdown", "pass@1_greedy", pct),
                ("format", "countdown", "format", pct),
@@ -200,8 +215,7 @@ def blocks(results):
                ("length", "countdown", "length", whole),
                ("arithmetic", "arithmetic", "pass@1", pct),
                ("logic", "logic", "pass@1", pct), ("code", "code", "pass@1", pct)]
-    stages = ["base", "zero", "dev1", "dev2", "dev3", "r1", "small_base", "small_zero", "distill"]
-    out["pipeline"] = stage_table(seeds, stages, columns)
+    out["pipeline"] = stage_table(seeds, STAGES, columns)
     columns = [("chat right", "chat", "pass@1", pct), ("unsafe declined", "unsafe", "pass@1", pct),
                ("gold reward (−2 to 3)", "chat", "gold_reward", two),
                ("thinks: countdown", "countdown", "thinks", pct),
@@ -211,8 +225,39 @@ def blocks(results):
                ("win rate (RM)", "win_rate", "reward_model", pct)]
     stages = ["base", "zero", "dev1", "dev2", "dev3", "r1", "distill"]
     out["general"] = stage_table(seeds, stages, columns)
-    out["claims"] = claims(seeds, about["counting"])
+    out["claims_then"] = claims_then(seeds, then["about"]["counting"])
     return out
+
+
+def recipe_table(stages):
+    """Each stage of the recipe on all four tasks: single samples, and general requests."""
+    columns = [(task, task, "pass@1", pct) for task in data.REASONING]
+    columns += [("one language", "countdown", "one_language", pct),
+                ("length", "countdown", "length", whole), ("chat right", "chat", "pass@1", pct),
+                ("unsafe declined", "unsafe", "pass@1", pct),
+                ("chat thinks", "chat", "thinks", pct),
+                ("wins over dev3", "win_rate", "gold", pct),
+                ("... says the judge", "win_rate", "reward_model", pct)]
+    rows = []
+    for stage in [stage for stage in STAGES if stage in stages]:
+        found = [(stages[stage].get(task, {}).get(key), show) for _, task, key, show in columns]
+        rows.append([f"`{stage}`", *["–" if x is None else show(x) for x, show in found]])
+    return table(["", *[heading for heading, *_ in columns]], rows)
+
+
+def now_table(runs):
+    head = ["run", "base pass@1 (tags left aside), pass@16", "zero pass@1", "T = 0.6", "greedy",
+            "pass@16", "cons@16", "length", "one language", "minutes"]
+    rows = []
+    for name, run in runs.items():
+        b, z = (run["stages"][stage]["countdown"] for stage in ("base", "zero"))
+        low, high = (100 * x for x in z["pass@1_ci"])
+        rows.append([name, f"{pct(b['pass@1'])} ({pct(b['pass@1_untagged'])}), {pct(b['pass@16'])}",
+                     f"{pct(z['pass@1'])} ({low:.1f}–{high:.1f})", pct(z["pass@1_T=0.6"]),
+                     pct(z["pass@1_greedy"]), pct(z["pass@16"]), pct(z["cons@16"]),
+                     f"{b['length']:.0f} → {z['length']:.0f}", pct(z["one_language"]),
+                     f"{minutes_of(run)[0]:.0f}"])
+    return table(head, rows)
 
 
 def zero_table(runs):
@@ -241,8 +286,53 @@ def stage_table(seeds, stages, columns):
     return table(["", *[heading for heading, *_ in columns]], rows)
 
 
-def claims(seeds, counting):
-    """What the article says, what is measured here, and whether the check holds for every seed. The
+def claims(results):
+    """What the article says, what is measured here, on which runs, and whether the check holds for
+    each of them. The check of a row is as strong as the row's words."""
+    runs = results["runs"]
+    toy = {name: run["stages"] for name, run in runs.items() if name != ALL}
+    recipe = {ALL: runs[ALL]["stages"]} if ALL in runs else {}
+
+    def get(of, stage, key="pass@1", task="countdown", show=pct):
+        return by_seed([stages[stage][task][key] for stages in of.values()], show)
+
+    def four(stage, key="pass@1", show=pct):
+        return " / ".join(get(recipe, stage, key, task, show).removesuffix(" %")
+                          for task in data.REASONING)
+
+    def gains(stages, task):
+        base, zero = stages["base"][task], stages["zero"][task]
+        return zero["pass@1_ci"][0] > max(base["pass@1_ci"][1], base["pass@1_untagged"])
+
+    rows = [
+        ["RL alone lifts single samples above the base's best of 16", toy,
+         f"pass@16 of `base` {get(toy, 'base', 'pass@16')}; pass@1 of `zero` {get(toy, 'zero')}",
+         lambda s: s["zero"]["countdown"]["pass@1"] > s["base"]["countdown"]["pass@16"]],
+        ["thinking grows to 1.8 times its length or more, and no reward pays for length", toy,
+         f"{get(toy, 'base', 'length', show=whole)} → {get(toy, 'zero', 'length', show=whole)} "
+         f"tokens",
+         lambda s: s["zero"]["countdown"]["length"] >= 1.8 * s["base"]["countdown"]["length"]],
+        ["a majority vote of 16 beats the 95 % interval of single samples", toy,
+         f"cons@16 {get(toy, 'zero', 'cons@16')}",
+         lambda s: s["zero"]["countdown"]["cons@16"] > s["zero"]["countdown"]["pass@1_ci"][1]],
+        ["R1-Zero mixes languages: under 90 % of words are the prompts'", toy,
+         f"{get(toy, 'zero', 'one_language')} in one language",
+         lambda s: s["zero"]["countdown"]["one_language"] < 0.9],
+        ["one model learns countdown, arithmetic, logic and code by RL, each beyond what its base "
+         "has right with tags left aside", recipe, f"{four('base')} → {four('zero')} %",
+         lambda s: all(gains(s, task) for task in data.REASONING)],
+    ]
+    head = ["claim", "runs", "measured", "holds in each"]
+    shown = [[claim, "seeds 1 / 2 / 3" if of is toy else next(iter(of), "–"), figures,
+              "yes" if all(check(stages) for stages in of.values()) else "**no**"]
+             for claim, of, figures, check in rows]
+    for name, found in results.get("evidence", {}).items():
+        shown += [[row[0], f"{name}, {row[1]}", *row[2:]] for row in evidence_rows([found])]
+    return table(head, shown)
+
+
+def claims_then(seeds, counting):
+    """What the article says, what was measured, and whether the check holds for every seed. The
     check of a row is as strong as the row's words."""
     def main(stages, stage, key="pass@1"):
         return stages[stage]["countdown"][key]
