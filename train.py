@@ -806,7 +806,8 @@ def print_next(run, results, given):
     print(f"{run.dir} holds the checkpoint, its log (metrics.jsonl), rollouts (rollouts.jsonl), "
           f"the evaluation (eval.json) and its samples (samples.jsonl). Next:")
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join  # quotes what needs quotes
-    ckpt, base = run.path("ckpt.pt"), os.path.join(run.cfg.sample.out_dir, "base", "ckpt.pt")
+    ckpt, out_dir = run.path("ckpt.pt"), run.cfg.sample.out_dir
+    base = run.cfg.train.base or os.path.join(out_dir, "base", "ckpt.pt")
     if os.path.exists(ckpt) and run.name != "reward_model":
         vs = [f"--vs={base}"] if ckpt != base and os.path.exists(base) else []
         print("    python " + join(["sample.py", f"--ckpt={ckpt}", *vs]))

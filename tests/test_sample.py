@@ -346,7 +346,8 @@ def test_another_task_can_be_asked(finished, capsys):
 
 def test_what_needs_no_problems_of_a_file_works_without_it(finished, tmp_path, capsys):
     state = torch.load(finished / "zero" / "ckpt.pt", weights_only=True)
-    state["settings"] |= {"task": "file", "data": str(tmp_path / "moved.jsonl"), "mix": "file:1"}
+    state["settings"] |= {"task": "file", "data": str(tmp_path / "moved.jsonl"), "mix": "file:1",
+                          "eval_data": str(tmp_path / "moved too.jsonl")}
     ckpt = f"--ckpt={tmp_path / 'ckpt.pt'}"
     torch.save(state, tmp_path / "ckpt.pt")
     for argv in (["--numbers=3,7", "--target=10"], ["--task=logic"]):
