@@ -186,7 +186,7 @@ class Tokenizer:
                 tokenizer_class="PreTrainedTokenizerFast", eos_token=END, pad_token=PAD),
             "generation_config.json": dict(eos_token_id=self.end_id, pad_token_id=self.pad_id)}
         for file, content in files.items():
-            Path(folder, file).write_text(json.dumps(content))
+            Path(folder, file).write_text(json.dumps(content), "utf-8")
 
 
 def any_of(texts):
@@ -454,26 +454,41 @@ def draw_problem(cfg, rng, task=None, held_out=False):
         task, *others = shares = cfg.shares()
         if others:
             task = rng.choices(list(shares), list(shares.values()))[0]
+    for problem in draws(cfg, rng, task, held_out, 20_000):
+        return problem
+    raise no_problem(cfg, task, held_out)
+
+
+def draws(cfg, rng, task, held_out, tries):
+    """Yields those of so many problems that lie in one part and are no worked example."""
     examples = {example.key for example, *_ in EXAMPLES} if cfg.shots else ()
     is_split = task == "file" and cfg.eval_data  # into two files
     if is_split and held_out:
         cfg = replace(cfg, data=cfg.eval_data)
-    for _ in range(20_000):
+    for _ in range(tries):
         problem = TASKS[task].draw(cfg, rng)
         if problem and (is_split or problem.held_out == held_out) and problem.key not in examples:
-            return problem
-    raise UserError(f"n_numbers={cfg.n_numbers}, max_number={cfg.max_number}, ops={cfg.ops} leave "
-                    f"no {task} problem to {'hold out' if held_out else 'train on'}")
+            yield problem
 
 
 def eval_problems(cfg, n, task=None):
     """Up to n distinct held-out problems of `task`, always the same; by default of cfg.tasks()."""
     rng, found, tasks = random.Random("eval"), {}, (task,) if task else cfg.tasks()
-    for i in range(50 * n):  # a small world may not hold n
-        if len(found) < n:
-            problem = draw_problem(cfg, rng, tasks[i % len(tasks)], held_out=True)
-            found.setdefault(problem.key, problem)
+    # A small world may not hold n, and most of what is drawn in it may be no problem.
+    parts = [draws(cfg, rng, task, True, 500 * n) for task in tasks]
+    for i in range(50 * n):
+        problem = next(parts[i % len(tasks)], None)
+        if not problem and i < len(tasks):
+            raise no_problem(cfg, tasks[i], True)
+        if not problem or len(found) == n:
+            break
+        found.setdefault(problem.key, problem)
     return list(found.values())
+
+
+def no_problem(cfg, task, held_out):
+    return UserError(f"n_numbers={cfg.n_numbers}, max_number={cfg.max_number}, ops={cfg.ops} leave "
+                     f"no {task} problem to {'hold out' if held_out else 'train on'}")
 
 
 # ------------------------------------------------------------------------------------------------

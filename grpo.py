@@ -77,7 +77,7 @@ class GRPOConfig:
                             choices=("adamw", "muon"))
     eval_every: int = opt(20, "GRPO steps between short evaluations; 0: none", least=0)
     prompts_per_step: int = opt(16, "P, problems per step", least=1)
-    group_size: int = opt(16, "G, completions sampled for each problem", least=1)
+    group_size: int = opt(16, "G, completions sampled for each problem", least=2)
     max_new_tokens: int = opt(340, "longest completion, in tokens", least=1)
     temperature: float = opt(1.0, "of sampling, and of every log-prob", above=0)
     adv_norm: str = opt("std", "std: divide by the group's std (GRPO); none: do not (Dr. GRPO)",

@@ -369,15 +369,17 @@ class StaticDecoder:
 
     def capture(self):
         self.replay = self.run
-        if self.inputs[0].is_cuda:
-            stream = torch.cuda.Stream()  # once outside the graph: libraries set up on first use
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.run()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.run()
+        device = self.inputs[0].device
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # graphs and streams are the current device's
+                stream = torch.cuda.Stream()  # run once before: libraries set up on first use
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    self.run()
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self.run()
             self.replay = graph.replay
 
     def run(self):

@@ -166,6 +166,8 @@ def one_line_errors(prog, folder=""):
     """What a user can fix ends the script in one line, with exit code 2; Ctrl-C with 130."""
     code = 2
     try:
+        if torch.__version__ < "2.9":  # which torch compares as versions, not as text
+            raise UserError(f"torch {torch.__version__} is too old: it takes 2.9 or later")
         yield
         return
     except UserError as e:
@@ -178,6 +180,10 @@ def one_line_errors(prog, folder=""):
         line, code = f"stopped; {e or 'what is saved stays'}. The same command resumes it", 130
     print(f"{prog}: {line}", file=sys.stderr)
     sys.exit(code)
+
+
+# For what needs none of a run's own problems: their file may have been moved.
+NO_FILE = {"task": "countdown", "mix": "", "data": "", "eval_data": ""}
 
 
 def open_checkpoint(given, path=""):
@@ -373,7 +379,8 @@ class AskConfig:
     def rules(self):
         if bool(self.numbers) != (self.target != AskConfig.target):
             raise UserError("--numbers and --target go together")
-        if not all(n.strip().isdecimal() for n in (self.numbers or "0").split(",")):
+        numbers = (self.numbers or "0,0").split(",")
+        if len(numbers) < 2 or not all(n.strip().isdecimal() and len(n) < 10 for n in numbers):
             raise UserError(f"--numbers={self.numbers} is no list of whole numbers such as 3,7,2")
 
 
@@ -416,8 +423,8 @@ def fit(text, width):
 def ask(args, ckpt):
     """The problems that the flags name, and what `render` makes of a completion of each."""
     given = {"device": args.device}
-    if args.task:
-        given |= {"task": args.task, "data": ""}
+    if args.task or args.numbers:
+        given |= {**NO_FILE, "task": args.task or "countdown"}
     if args.max_new_tokens:
         given["max_new_tokens"] = args.max_new_tokens
     _, model, tok, cfg = open_checkpoint(given, ckpt)

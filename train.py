@@ -24,7 +24,9 @@ import copy
 import json
 import math
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -56,6 +58,7 @@ from model import (
     make_optimizers,
     opt,
     read_json,
+    reading,
     save_checkpoint,
     save_pretrained,
     set_lr,
@@ -235,6 +238,8 @@ class Run:
         for path in self.path("metrics.jsonl"), self.path("rollouts.jsonl"):
             if os.path.exists(path):
                 write_lines(path, [line for line in read_lines(path) if line["step"] <= step])
+        with open(self.path("metrics.jsonl"), "ab") as f:
+            self.log_size = f.tell()
         self.saved = {"step": step}  # the rest is in use now, and large
         return step
 
@@ -251,6 +256,8 @@ class Run:
         model.checkpointing = self.cfg.train.checkpointing
         if self.cfg.train.compile:
             model.compiled_trunk = torch.compile(model.trunk, dynamic=True)
+            with reading("--compile=true", "possible here"):  # it compiles when it is first called
+                model.hidden(torch.zeros(2, 2, dtype=torch.long, device=self.device))
 
     def append(self, file, values):
         """One JSON object as a line of a log; what is not finite becomes null."""
@@ -264,7 +271,11 @@ class Run:
     def log(self, metrics, row=None):
         """A line of metrics.jsonl and, if there is a row {column: text}, one on the terminal.
         Raises UserError after max_skipped steps in a row without finite gradients."""
+        path = self.path("metrics.jsonl")
+        if os.path.getsize(path) != self.log_size:  # not as this run left it
+            raise UserError(f"another run writes to {self.dir}, too: this one stops")
         self.append("metrics.jsonl", metrics)
+        self.log_size = os.path.getsize(path)
         if row:
             row = {HEADINGS.get(name, name): text for name, text in row.items()}
             widths = {name: max(len(name), WIDTHS.get(name, 5)) for name in row}
@@ -380,9 +391,10 @@ def train_rl(run):
     cfg, ref, judge = run.cfg, None, None
     print_memory(run)
     policy = run.load(run.stage.parent)
-    run.set_up(policy)
     if cfg.grpo.kl_coef:
         ref = copy.deepcopy(policy).requires_grad_(False).to(getattr(torch, cfg.train.ref_dtype))
+        run.set_up(ref)  # by itself: a copy of what is compiled would run the policy's weights
+    run.set_up(policy)
     if cfg.rewards.w_preference:
         judge = run.load("reward_model", RewardModel)
     env = Environment(run.tok, cfg.data, cfg.rewards, cfg.grpo.max_new_tokens, judge)
@@ -758,7 +770,7 @@ def run_eval(given):
 
 def run_export(given):
     """`export`: a checkpoint as a Hugging Face folder, which transformers, vLLM and TRL open."""
-    path, model, tok, cfg = sample.open_checkpoint(given)
+    path, model, tok, cfg = sample.open_checkpoint({**given, **sample.NO_FILE})
     source, train = cfg.sample.init_from, Config.of(given).train
     if not train.export_dir:
         raise UserError("export needs --export_dir=FOLDER to write to")
@@ -791,18 +803,19 @@ def parse(argv):
     return words, given
 
 
-def print_next(run, results):
+def print_next(run, results, given):
     """Where everything lies, and what a newcomer may want to do with it."""
-    cfg, out_dir = run.cfg, run.cfg.sample.out_dir
     print(f"{run.dir} holds the checkpoint, its log (metrics.jsonl), rollouts (rollouts.jsonl), "
           f"the evaluation (eval.json) and its samples (samples.jsonl). Next:")
-    base = os.path.join(out_dir, "base", "ckpt.pt")
-    vs = f" --vs={base}" if run.name != "base" and os.path.exists(base) else ""
-    print(f"    python sample.py --ckpt={run.path('ckpt.pt')}{vs}")
-    if not results["r1"] and not cfg.sample.init_from:
-        task = "" if cfg.data.task == DataConfig.task else f" --task={cfg.data.task}"
-        print(f"    python train.py r1 distill small_zero{task} --seed={run.seed} "
-              f"--out_dir={out_dir}")
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join  # quotes what needs quotes
+    ckpt, out_dir = run.path("ckpt.pt"), run.cfg.sample.out_dir
+    base = run.cfg.train.base or os.path.join(out_dir, "base", "ckpt.pt")
+    if os.path.exists(ckpt) and run.name != "reward_model":
+        vs = [f"--vs={base}"] if ckpt != base and os.path.exists(base) else []
+        print("    python " + join(["sample.py", f"--ckpt={ckpt}", *vs]))
+    if not results["r1"] and not run.cfg.sample.init_from:
+        flags = [f"--{key}={value}" for key, value in given.items()]
+        print("    python " + join(["train.py", "r1", "distill", "small_zero", *flags]))
 
 
 def main(argv):
@@ -818,7 +831,7 @@ def run_command_line(words, given):
             run = run_stage(name, given)
         results = all_results(run.cfg.sample.out_dir)
         print_tables(results, run.cfg.data.tasks())
-        print_next(run, results)
+        print_next(run, results, given)
 
 
 if __name__ == "__main__":

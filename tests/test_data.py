@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+import time
 from collections import Counter
 from fractions import Fraction
 
@@ -78,7 +79,7 @@ def test_unknown_ids_and_broken_utf8_decode_without_an_error():
 @pytest.mark.parametrize("name, value", [
     ("task", "chess"), ("n_numbers", 5), ("n_numbers", 1), ("max_number", 100), ("max_number", 1),
     ("ops", "^"), ("ops", "/"), ("ops", ""), ("eval_problems", 0), ("template", "chatml"),
-    ("shots", 4), ("shots", 1), ("task", "file"), ("data", "/nowhere.jsonl")])
+    ("shots", 4), ("shots", 1), ("task", "file")])
 def test_wrong_settings_are_refused_by_name(name, value):
     with pytest.raises(UserError, match=name):
         validate(DataConfig(**{name: value}))
@@ -181,6 +182,40 @@ def test_problems_too_long_for_the_context_are_left_out_and_counted(tmp_path, ca
 
 
 # ---------------------------------------------------------------------------------------- problems
+
+
+OPS = ["".join(chosen) for n in (1, 2, 3, 4) for chosen in itertools.combinations("+-*/", n)]
+WORLDS = [{"task": task, "n_numbers": n, "max_number": most, "ops": ops}
+          for task in ("countdown", "arithmetic") for n in (2, 3, 4) for most in (2, 3, 4, 9, 99)
+          for ops in OPS if ops != "/"]
+SLOW = [  # few problems, or few draws that are one
+    {"n_numbers": 3, "max_number": 99, "ops": "*"}, {"n_numbers": 4, "max_number": 99, "ops": "+*"},
+    {"task": "arithmetic", "n_numbers": 4, "max_number": 4, "ops": "-"},
+    {"task": "arithmetic", "n_numbers": 4, "max_number": 3, "ops": "+"},
+    {"task": "arithmetic", "n_numbers": 4, "max_number": 99, "ops": "*"}]
+
+
+def used_or_refused(world, n, documents):
+    """Whether a world can be used: n held-out problems and some documents are drawn."""
+    cfg, rng, start = DataConfig(**world), random.Random(0), time.process_time()
+    try:
+        validate(cfg)
+        data.eval_problems(cfg, n)
+        for _ in range(documents):
+            data.document(cfg, rng)
+        used = True
+    except UserError as e:
+        assert "leave no" in str(e)
+        used = False
+    assert time.process_time() - start < 1.5, world  # about a second, on a busy machine
+    return used
+
+
+def test_every_world_is_used_or_refused_at_once():
+    used = [used_or_refused(world, 2, 2) for world in WORLDS]
+    assert len(used) == 420 and 0.85 < sum(used) / len(used) < 1
+    for world in SLOW:
+        used_or_refused(world, 50, 20)
 
 
 def all_values(numbers):

@@ -615,6 +615,22 @@ def test_good_completions_become_more_likely_and_bad_ones_less_likely(tiny):
     assert (gain.sum(dim=1) / mask.sum(dim=1) * adv).sum() > 0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_on_cuda_is_the_cpus(tiny, autocast):
+    found = []
+    for device in ("cpu", "cuda"):
+        model = copy.deepcopy(tiny).to(device)
+        model.autocast = autocast and device == "cuda"
+        groups = rollout(copy.deepcopy(tiny).to(device))
+        step, metrics = change(model, shifted(tiny).to(device), groups, SMALL)
+        found.append((step.cpu(), metrics))
+    (a, m), (b, n) = found
+    assert (a - b).norm() < (0.1 if autocast else 1e-3) * a.norm() > 0
+    assert n["ratio"] == pytest.approx(m["ratio"], abs=0.1 if autocast else 1e-4)
+    assert n["skipped"] == 0
+
+
 def test_a_rollout_is_never_changed_by_a_step(tiny):
     groups = rollout(tiny)
     before = copy.deepcopy(groups)

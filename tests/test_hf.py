@@ -150,7 +150,7 @@ def test_a_shape_that_no_family_has_is_not_exported(tmp_path):
 
 
 def hf(**changes):
-    with open(fixture("llama2", "config.json")) as f:
+    with open(fixture("llama2", "config.json"), encoding="utf-8") as f:
         return {**json.load(f), **changes}
 
 
@@ -346,7 +346,7 @@ def test_a_folder_without_weights_is_named(tmp_path):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_token_ids_equal_those_of_tokenizers(name):
     tok = load_tokenizer(fixture(name))
-    with open(fixture(name, "expected.json")) as f:
+    with open(fixture(name, "expected.json"), encoding="utf-8") as f:
         for text, want in zip(TEXTS + STRANGE, json.load(f), strict=True):
             assert tok.encode_marked(text) == want, text
 

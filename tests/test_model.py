@@ -283,6 +283,27 @@ def test_a_fixed_shape_lasts_until_its_columns_or_rows_change(tiny, monkeypatch)
 
 
 @NO_GPU
+def test_a_cuda_device_that_is_not_the_current_one_samples_the_same(tiny):
+    device, plain = f"cuda:{torch.cuda.device_count() - 1}", copy.deepcopy(tiny)
+    options = {"group_size": 4, "max_new_tokens": 48, "stop_ids": (1, 2)}
+    for drop in (True, False):
+        a = generate(plain, RAGGED, generator=seeded(5), drop_rows=drop, **options)
+        b = generate(tiny.to(device), RAGGED, generator=seeded(5), drop_rows=drop, **options)
+        assert same_samples(a, b)
+
+
+@NO_GPU
+def test_log_probs_and_their_gradients_on_cuda_are_the_cpus(tiny):
+    tokens, found = torch.randint(0, 40, (3, 20), generator=seeded()), []
+    for device in ("cpu", "cuda"):
+        model = copy.deepcopy(tiny).to(device)
+        logp = token_logps(model, tokens.to(device), 0.8, chunk_floats=200)
+        logp.sum().backward()
+        found.append([x.detach().cpu() for x in (logp, *(p.grad for p in model.parameters()))])
+    assert all(torch.allclose(a, b, atol=1e-3, rtol=1e-3) for a, b in zip(*found, strict=True))
+
+
+@NO_GPU
 def test_bfloat16_sampling_on_cuda_stays_near_the_fp32_log_probs(tiny):
     half = copy.deepcopy(tiny).cuda().bfloat16()
     out = generate(half, RAGGED, 8, max_new_tokens=40, stop_ids=(1,), generator=seeded())

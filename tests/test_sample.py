@@ -344,6 +344,19 @@ def test_another_task_can_be_asked(finished, capsys):
     assert shown.count("--- what is") == 2
 
 
+def test_what_needs_no_problems_of_a_file_works_without_it(finished, tmp_path, capsys):
+    state = torch.load(finished / "zero" / "ckpt.pt", weights_only=True)
+    state["settings"] |= {"task": "file", "data": str(tmp_path / "moved.jsonl"), "mix": "file:1",
+                          "eval_data": str(tmp_path / "moved too.jsonl")}
+    ckpt = f"--ckpt={tmp_path / 'ckpt.pt'}"
+    torch.save(state, tmp_path / "ckpt.pt")
+    for argv in (["--numbers=3,7", "--target=10"], ["--task=logic"]):
+        sample.main([ckpt, *argv, "--n=1", "--max_new_tokens=4"])
+    train.main(["export", ckpt, f"--export_dir={tmp_path / 'hf'}"])
+    assert (tmp_path / "hf" / "model.safetensors").exists()
+    assert "moved.jsonl" in refusal(sample.main, [ckpt], capsys)
+
+
 def test_two_checkpoints_are_shown_side_by_side(finished, capsys):
     shown = ask(finished, capsys, f"--vs={finished / 'base' / 'ckpt.pt'}", "--n=2")
     assert shown.count("--- make") == 2 and shown.count("accuracy 0") == 4
@@ -400,6 +413,8 @@ def test_a_prompt_longer_than_the_context_is_refused_in_one_line(finished, capsy
     (["--ckpt=/nowhere/ckpt.pt"], ["/nowhere/ckpt.pt"]),
     (["--numbers=3,x", "--target=3"], ["numbers"]),
     (["--numbers=3,7"], ["target"]),
+    (["--numbers=7", "--target=7"], ["numbers=7"]),
+    ([f"--numbers=3,{'7' * 5000}", "--target=7"], ["numbers"]),
     (["--target=3"], ["numbers"]),
     (["--n=0"], ["n=0"]),
     (["--max_new_tokens=-1"], ["max_new_tokens=-1"]),

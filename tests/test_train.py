@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,9 +13,11 @@ import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 import data
 import rewards
@@ -44,6 +47,8 @@ ZERO = [*TINY, "--w_length=1"]
 PIPELINE = [*TINY, "--source_problems=6", "--source_samples=4", "--general_replies=5",
             "--sft_steps=12", "--sft_rows=3", "--label_noise=0.2"]
 REAL = [*SHORT, "--context=400", "--rl_steps=2"]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signal, and has no bash")
 CLOCK = ("seconds", "sample_s", "update_s", "tokens_per_s")  # no two runs agree on these
 
 
@@ -179,7 +184,7 @@ def test_a_line_torn_by_a_power_cut_is_written_again(finished, tmp_path, monkeyp
         run(tmp_path, "zero")
     monkeypatch.undo()
     for file in ("metrics.jsonl", "rollouts.jsonl"):
-        with open(tmp_path / "zero" / file, "a") as f:
+        with open(tmp_path / "zero" / file, "a", encoding="utf-8") as f:
             f.write('{"step": 3, "rew')
     run(tmp_path, "zero")
     assert_same(tmp_path / "zero", finished / "zero")
@@ -212,6 +217,7 @@ def test_the_first_group_of_every_tenth_step_can_be_read_and_survives_a_resume(
     assert torch.allclose(adv, group_advantages(given), atol=1e-4) and adv.any()
 
 
+@POSIX
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     flags = [*TINY, "--base_steps=100000", "--save_every=100000", f"--out_dir={tmp_path}"]
     process = subprocess.Popen([sys.executable, "train.py", "base", *flags], cwd=HERE, text=True,
@@ -294,6 +300,13 @@ def test_a_log_that_cannot_be_written_ends_the_run_in_one_line(
 def test_a_process_killed_at_random_moments_ends_as_if_it_had_not_been():
     import kill
     assert kill.main(["--kills=2"])  # 20 in the long version: python tests/bench/kill.py
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_GPU)])
+def test_the_bench_for_gpus_finds_nothing_wrong(device, capsys):
+    import gpu
+    assert gpu.is_right(SimpleNamespace(device=device), device == "cuda")
+    assert '"same_samples": "32/32"' in capsys.readouterr().out
 
 
 def test_more_rl_steps_go_on_from_a_finished_run(finished, tmp_path):
@@ -935,7 +948,8 @@ def test_memory_is_planned_from_the_settings():
     (["--rl_steps=many"], ["rl_steps", "many"]),
     (["--tied=maybe"], ["tied", "maybe"]),
     (["--rl_steps=0"], ["rl_steps"]),
-    (["--group_size=-1"], ["group_size"]),
+    (["--group_size=1"], ["group_size=1"]),
+    ([f"--seed={'7' * 30}"], ["seed=777"]),
     (["--n_numbers=9"], ["n_numbers"]),
     (["--task=chess"], ["chess", "countdown"]),
     (["--n_kv_head=3"], ["n_kv_head"]),
@@ -1004,6 +1018,103 @@ def test_help_names_every_setting_with_its_default(capsys):
 # ---------------------------------------------------------------------------------------- machines
 
 
+def test_of_two_runs_in_one_folder_one_stops_and_the_other_ends_as_if_alone(
+        finished, tmp_path, monkeypatch, capsys):
+    """The second begins and ends while the first is about to log its last step."""
+    folder, log, beside = tmp_path / "zero", train.Run.log, []
+
+    def second_beside_first(self, metrics, row=None):
+        if self.name == "zero" and metrics["step"] == 3 and not beside:
+            beside.append(1)
+            run(tmp_path, "zero")
+        log(self, metrics, row)
+
+    monkeypatch.setattr(train.Run, "log", second_beside_first)
+    flags = [*ZERO, "--save_every=2", f"--out_dir={tmp_path}"]
+    assert "another run" in refusal(train.main, ["zero", *flags], capsys)
+    assert_same(folder, finished / "zero")
+    kept = {"ckpt.pt", "metrics.jsonl", "rollouts.jsonl", "eval.json", "samples.jsonl"}
+    assert {path.name for path in folder.iterdir()} - {"curves.png"} == kept  # nothing to clean up
+
+
+def printed_commands(out):
+    return [shlex.split(line) for line in out.splitlines() if line.startswith("    python ")]
+
+
+def test_the_commands_printed_at_the_end_work_as_they_stand(tmp_path, monkeypatch, lenient, capsys):
+    out = tmp_path / "Ann's runs"
+    run(out, "zero", tiny=[*PIPELINE, "--seed=7", "--ops=+-*/", "--w_emoji=0.5", "--tied=false"])
+    show, go_on = printed_commands(capsys.readouterr().out)
+    assert show[:2] == ["python", "sample.py"] and show[-1] == f"--vs={out / 'base' / 'ckpt.pt'}"
+    sample.main([*show[2:], "--max_new_tokens=4"])
+    assert go_on[:5] == ["python", "train.py", "r1", "distill", "small_zero"]
+    before = weights(out / "zero")
+    train.main(go_on[2:])
+    assert torch.equal(weights(out / "zero"), before) and results(out / "small_zero")
+    capsys.readouterr()
+    train.main(["reward_model", *go_on[5:]])
+    assert printed_commands(capsys.readouterr().out) == []  # it has no answers to show
+
+
+def test_the_commands_printed_for_a_real_model_name_no_base(folder, tmp_path, capsys):
+    run(tmp_path, "zero", tiny=[*REAL, f"--init_from={folder}", "--template=base"])
+    (show,) = printed_commands(capsys.readouterr().out)
+    assert show == ["python", "sample.py", f"--ckpt={tmp_path / 'zero' / 'ckpt.pt'}"]
+    sample.main([*show[2:], "--max_new_tokens=4"])
+
+
+def test_a_compiled_reference_keeps_its_own_weights(finished, tmp_path, monkeypatch):
+    def compile(function, **options):  # as torch.compile: a function, which a copy shares
+        return lambda *args: function(*args)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    for out, flag in ((tmp_path / "plain", "false"), (tmp_path / "compiled", "true")):
+        shutil.copytree(finished / "base", out / "base")
+        run(out, "zero", tiny=[*ZERO, "--rl_lr=0.01", f"--compile={flag}"])
+    assert_same(tmp_path / "compiled" / "zero", tmp_path / "plain" / "zero")
+
+
+def test_no_compiler_and_an_older_torch_are_one_line(tmp_path, monkeypatch, capsys):
+    def no_compiler(function, **options):
+        def fail(*args):
+            raise RuntimeError("No working C++ compiler found\nand more lines")
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    argv = ["base", *TINY, "--compile=true", f"--out_dir={tmp_path}"]
+    err = refusal(train.main, argv, capsys)
+    assert "--compile=true" in err and "C++ compiler" in err
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.1+cu128"))
+    assert "2.8.1" in refusal(train.main, ["base", *TINY, f"--out_dir={tmp_path}"], capsys)
+
+
+@NO_GPU
+def test_a_cuda_run_in_float32_ends_near_the_cpus_and_goes_on_there(finished, tmp_path):
+    exact = [*ZERO, "--autocast=off", "--sample_dtype=float32"]
+    run(tmp_path, "zero", tiny=[*exact, "--rl_steps=2", "--device=cuda"])
+    run(tmp_path, "zero", tiny=exact)  # the third step, on the CPU
+    near = {"atol": 5e-3, "rtol": 5e-3}
+    assert torch.allclose(weights(tmp_path / "base"), weights(finished / "base"), **near)
+    assert torch.allclose(weights(tmp_path / "zero"), weights(finished / "zero"), **near)
+    run(tmp_path, "zero", tiny=[*exact, "--rl_steps=4", "--device=cuda"])
+    assert [m["step"] for m in lines(tmp_path / "zero")] == [1, 2, 3, 4]
+
+
+@NO_GPU
+def test_a_cuda_run_with_a_gpus_defaults_is_evaluated_and_exported(tmp_path, capsys):
+    device = "--device=cuda"
+    run(tmp_path, "zero", tiny=[*ZERO, device, "--eval_every=1"])
+    assert all(abs(m["ratio"] - 1) < 0.05 and not m["skipped"] for m in lines(tmp_path / "zero"))
+    ckpt = tmp_path / "zero" / "ckpt.pt"
+    os.remove(tmp_path / "zero" / "eval.json")
+    train.main(["eval", f"--ckpt={ckpt}", device])
+    assert results(tmp_path / "zero")["countdown"]["problems"] == 3
+    train.main(["export", f"--ckpt={ckpt}", f"--export_dir={tmp_path / 'hf'}", device])
+    for p, q in zip(from_pretrained(str(tmp_path / "hf")).parameters(),
+                    load_model(str(ckpt)).parameters(), strict=True):
+        assert torch.equal(p, q.bfloat16().float())  # the dtype that it sampled in
+
+
 def test_a_run_ends_where_memory_is_unknown_and_stdout_knows_neither_chinese_nor_emoji(tmp_path):
     """As on Windows: no os.sysconf, and a code page in place of UTF-8."""
     script = ("import os, sys; sys.path.insert(0, '.'); del os.sysconf; import train; "
@@ -1022,6 +1133,7 @@ def test_memory_is_planned_where_its_size_is_unknown(folder, tmp_path, capsys, m
     assert "= about" in line and " of " not in line
 
 
+@POSIX
 @pytest.mark.parametrize("script", ["train.py --help", "data.py", "sample.py --help"])
 def test_output_can_be_cut_off_and_need_not_be_unicode(script):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}

@@ -4,7 +4,6 @@ import argparse
 import ctypes
 import json
 import os
-import resource
 import statistics
 import sys
 import time
@@ -13,7 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
+sys.path.insert(0, ROOT)
 from model import GPT, GPTConfig, hf_name  # noqa: E402
 
 SHAPES = {
@@ -21,6 +21,8 @@ SHAPES = {
                  mlp_dim=384, context=512, tied=False),
     "medium": dict(vocab_size=4096, n_embd=512, n_layer=8, n_head=8, n_kv_head=2, head_dim=64,
                    mlp_dim=1536, context=512, tied=False),
+    "qwen0.5b": dict(vocab_size=151936, n_embd=896, n_layer=24, n_head=14, n_kv_head=2,
+                     head_dim=64, mlp_dim=4864, context=1024, tied=True),
     "qwen1.5b": dict(vocab_size=151936, n_embd=1536, n_layer=28, n_head=12, n_kv_head=2,
                      head_dim=128, mlp_dim=8960, context=1024, tied=True),
 }
@@ -33,8 +35,9 @@ def arguments(doc, rounds, **options):
     --rounds, --threads, --device and --alone are everybody's."""
     parser = argparse.ArgumentParser(description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    options |= {"rounds": (rounds, "counted rounds, after one to warm up"),
-                "threads": (0, "CPU threads; 0 = one a core"), "device": ("cpu", "cpu or cuda")}
+    everybodys = {"rounds": (rounds, "counted rounds, after one to warm up"),
+                  "threads": (0, "CPU threads; 0 = one a core"), "device": ("cpu", "cpu or cuda")}
+    options = everybodys | options
     for name, (default, help) in options.items():
         parser.add_argument(f"--{name}", type=type(default), default=default,
                             help=f"{help} (default %(default)s)")
@@ -121,6 +124,7 @@ def peak(device):
         return torch.cuda.max_memory_allocated() / 2**20
     if os.path.exists("/proc/self/status"):
         return status("VmHWM")
+    import resource  # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -180,9 +184,9 @@ def matmul_rate(rows, cfg, dtype, device):
     return max(rates)
 
 
-def copy_rate(device):
+def copy_rate(device, floats=2**28):
     """Bytes read plus written a second by a large copy on the device."""
-    a = torch.empty(2**28, device=device)
+    a = torch.zeros(floats, device=device)
     b = torch.empty_like(a)
     for _ in range(3):
         b.copy_(a)

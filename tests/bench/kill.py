@@ -64,7 +64,7 @@ def what_is_left(out, stages):
         for file in LOGS:
             if os.path.exists(os.path.join(folder, file)):
                 left[stage, file] = read_log(os.path.join(folder, file))
-        with open(os.path.join(folder, "eval.json")) as f:
+        with open(os.path.join(folder, "eval.json"), encoding="utf-8") as f:
             left[stage, "eval.json"] = json.load(f)
     return left
 
