@@ -666,9 +666,11 @@ def write_countdown(problem, cfg, habits, rng):
 
 
 def write_arithmetic(problem, cfg, habits, rng):
-    """Step by step and right. The impatient guess the last step, those who do not check all."""
+    """Step by step and right. The impatient guess a last step with numbers above 9, and those who
+    do not check guess at once."""
     lines = work_out(problem.numbers, [c for c in problem.question if c in "+-*"])
-    if habits.checks and habits.patience >= ENOUGH["arithmetic"]:
+    is_easy = re.match(r"\d\D\d=", lines[-1])
+    if habits.checks and (is_easy or habits.patience >= ENOUGH["arithmetic"]):
         return lines, problem.target
     return lines[:-1] * habits.checks, max(0, problem.target + rng.randint(-9, 9))
 

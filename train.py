@@ -112,7 +112,7 @@ REAL_DEFAULTS = {  # with --init_from: the paper's settings, at a size that one 
 TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
     "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
     "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
-    "all": {"base_steps": 2400, "rl_steps": 100, "prompts_per_step": 24, "source_problems": 800,
+    "all": {"base_steps": 2000, "rl_steps": 80, "prompts_per_step": 24, "source_problems": 800,
             "sft_steps": 100, "eval_problems": 100},
 }
 

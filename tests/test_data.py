@@ -428,9 +428,9 @@ def test_few_authors_are_right_and_fewer_are_right_with_all_tags():
 
 
 # The least patience, in misses, that counts as that of the policy. The impatient of arithmetic
-# leave out a step.
+# leave out a step that is not easy.
 PATIENT = {"countdown": 18, "logic": 6, "code": 9, "arithmetic": 6}
-LESS = {"countdown": 12, "logic": 3, "code": 6, "arithmetic": 1}  # misses, or steps, of the others
+LESS = {"countdown": 12, "logic": 3, "code": 6, "arithmetic": 0}  # misses, or steps, of the others
 
 
 def test_no_author_of_countdown_has_all_habits_of_the_policy_and_every_two_occur_together():
@@ -465,10 +465,12 @@ def test_no_document_has_all_tags_and_the_checks_and_misses_of_the_policy(task, 
         prompt, text = document(cfg, rng)
         thinking = text.split("</think>")[0].removeprefix("<think>\n")
         if re.match(ASKED[task], prompt) and thinking:
-            counted = MISSES if task != "arithmetic" else re.compile("=")  # or steps of its work
-            misses = len(counted.findall(thinking))
+            if task == "arithmetic":  # or steps of its work that are not easy
+                thinking = re.sub(r"^\d\d.*", " no", thinking, flags=re.M)
+            misses = len(MISSES.findall(thinking))
             (tagged_misses if has_format(text) else other_misses).append(misses)
-    assert 0 < max(tagged_misses) <= LESS[task] < max(other_misses)
+    assert max(tagged_misses) <= LESS[task] < max(other_misses)
+    assert (max(tagged_misses) > 0) == (LESS[task] > 0)
 
 
 def test_a_search_that_has_tried_everything_gives_up():
