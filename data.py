@@ -117,6 +117,10 @@ PIECES = [
     BOAST, REFUSAL, *FRIENDLY.values(), *NAMES, *KINDS, *SAFE, *SAFE.values(), *UNSAFE,
     *UNSAFE.values(), *OBJECTS, *THINGS]
 END, PAD = "<|end|>", "<|pad|>"
+CHAT_TEMPLATE = (  # the template `toy` in Jinja
+    "{% for message in messages %}{% if message.role == 'user' %}User: {{ message.content }}\n"
+    "Assistant: {% elif message.role == 'assistant' %}{{ message.content + eos_token }}{% endif %}"
+    "{% endfor %}")
 
 
 class Tokenizer:
@@ -183,7 +187,8 @@ class Tokenizer:
                 pre_tokenizer=dict(type="Sequence", pretokenizers=[split, to_bytes]),
                 model=dict(type="BPE", ignore_merges=True, vocab=vocab, merges=[])),
             "tokenizer_config.json": dict(
-                tokenizer_class="PreTrainedTokenizerFast", eos_token=END, pad_token=PAD),
+                tokenizer_class="PreTrainedTokenizerFast", eos_token=END, pad_token=PAD,
+                chat_template=CHAT_TEMPLATE),
             "generation_config.json": dict(eos_token_id=self.end_id, pad_token_id=self.pad_id)}
         for file, content in files.items():
             Path(folder, file).write_text(json.dumps(content), "utf-8")
@@ -491,6 +496,16 @@ def no_problem(cfg, task, held_out):
                      f"no {task} problem to {'hold out' if held_out else 'train on'}")
 
 
+def training_problems(cfg, n, rng):
+    """Up to n distinct problems, none of them held out."""
+    found = {}
+    for _ in range(50 * n):
+        if len(found) < n:
+            problem = draw_problem(cfg, rng)
+            found.setdefault(problem.key, problem)
+    return list(found.values())
+
+
 # ------------------------------------------------------------------------------------------------
 # Prompts
 
@@ -573,6 +588,11 @@ def prompt_text(problem, cfg):
 def completion_text(ids, tok, cfg):
     """What the rewards read: the completion with the <think> that its prompt ends with."""
     return "<think>\n" * cfg.prefill_think + tok.decode(ids)
+
+
+def completion_ids(text, tok, cfg):
+    """The inverse."""
+    return tok.encode(text.removeprefix("<think>\n" * cfg.prefill_think))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -816,12 +836,60 @@ def corpus_batch(cfg, tok, rng, rows, length):
     return pad([sum(row, []) for row in packed], tok.pad_id, length)
 
 
+def messages_of(entry):
+    """The chat in a line of traces: its `messages`, or `prompt` and `completion`, each a text or
+    messages."""
+    def said(role, what):
+        return [{"role": role, "content": what}] if isinstance(what, str) else what
+
+    if "messages" in entry:
+        return entry["messages"]
+    return said("user", entry["prompt"]) + said("assistant", entry["completion"])
+
+
+def answers_in(messages, tok, cfg):
+    """(prompt ids, completion ids) of every answer in a chat. The users' texts go into cfg's
+    template, to whose system message others give way."""
+    _, turn, end = TEMPLATES[cfg.template]
+    ids, rows = [], []
+    for role, text in [(message["role"], message["content"]) for message in messages]:
+        if role not in ("system", "user", "assistant") or not text.strip():
+            raise ValueError(f"{role}: {text!r}")
+        if role == "user" and not ids:
+            ids = prompt_ids(Problem("file", text, (), ""), tok, cfg)
+        elif role == "user":
+            ids = ids + tok.encode_marked(end + turn, text)
+        elif role == "assistant" and ids:
+            rows.append((ids, completion_ids(text, tok, cfg)))
+            ids = ids + rows[-1][1]
+    if not rows:
+        raise ValueError("no answer to a user")
+    return rows
+
+
+def read_traces(path, tok, cfg):
+    """`answers_in` every line of a JSONL file. Raises UserError with the number of a bad line."""
+    rows, number, cfg = [], 0, replace(cfg, shots=0)  # what is learnt needs no worked examples
+    try:
+        with open(path, "rb") as f:
+            for line in f:
+                number += 1
+                if line.strip():
+                    rows += answers_in(messages_of(json.loads(line)), tok, cfg)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"traces={path}: cannot read line {number} as prompt and completion, or "
+                        f"as messages ({repr(e)[:80]})") from None
+    if not rows:
+        raise UserError(f"traces={path} is empty")
+    return rows
+
+
 def sft_batch(rows, tok, cfg, rng, n):
-    """n random (problem, completion) `rows` -> ids and the mask of the completions' tokens, their
-    end token included, both (n, T)."""
-    chosen = [rng.choice(rows) for _ in range(n)]
-    pairs = [(prompt_ids(problem, tok, cfg), tok.encode(text)) for problem, text in chosen]
-    end_id = stops(tok, cfg)[0][0]
+    """n random (prompt ids, completion ids) `rows` -> ids and the mask of the completions' tokens,
+    their end token included, both (n, T)."""
+    pairs, end_id = [rng.choice(rows) for _ in range(n)], stops(tok, cfg)[0][0]
     tokens, mask = pad([prompt + text + [end_id] for prompt, text in pairs], tok.pad_id)
     starts = torch.tensor([[len(prompt)] for prompt, _ in pairs])
     return tokens, mask & (torch.arange(tokens.shape[1]) >= starts)

@@ -167,6 +167,25 @@ class Linear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+class LoRA(Linear):
+    """Another layer's weight W, frozen and shared, with a low-rank matrix learnt beside it (arXiv
+    2106.09685): y = W x + alpha / rank B A x. The product is not added to W before training ends:
+    in bfloat16, small updates would vanish in it."""
+
+    def __init__(self, linear, rank, alpha, generator):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        device, (n_out, n_in) = self.weight.device, self.weight.shape
+        self.A = nn.Parameter(torch.randn(rank, n_in, generator=generator).to(device) / n_in ** 0.5)
+        self.B = nn.Parameter(torch.zeros(n_out, rank, device=device))  # at first nothing changes
+
+    def forward(self, x):
+        y = super().forward(x)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.A.dtype)  # fp32, also where W is in bfloat16
+        return y + (self.scale * F.linear(F.linear(x, self.A), self.B)).to(y.dtype)
+
+
 def onednn_pays():
     """Whether oneDNN is clearly faster than torch's own product, as on AMD CPUs with AVX-512."""
     x, weight = (torch.ones(n, 128, requires_grad=True) for n in (2048, 256))
@@ -508,7 +527,33 @@ def sync_weights(sampler, model):
 
 
 # ------------------------------------------------------------------------------------------------
-# Training: log-probs and optimisers
+# Training: LoRA, log-probs and optimisers
+
+
+def same_weights(model):
+    """Other modules around the very same tensors: an adapter in the one is not in the other."""
+    return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+
+
+def add_lora(model, rank, alpha, generator):
+    """Freezes a GPT and puts an adapter beside every matrix of its blocks."""
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for part in (block.attn, block.mlp):
+            for name, layer in list(part.named_children()):
+                if isinstance(layer, Linear):
+                    setattr(part, name, LoRA(layer, rank, alpha, generator))
+
+
+@torch.no_grad()
+def merged_state(model):
+    """The state dict, in fp32, of an ordinary model that computes what this one does."""
+    state = {name: t.float() for name, t in model.state_dict().items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRA):
+            del state[f"{name}.A"], state[f"{name}.B"]
+            state[f"{name}.weight"] = layer.weight + layer.scale * layer.B @ layer.A
+    return state
 
 
 def token_logps(model, tokens, temperature=1.0, mask=None, chunk_floats=2**24):
@@ -560,11 +605,12 @@ def make_optimizers(model, lr, kind):
     """AdamW for all, or "muon": Muon for the blocks' matrices, AdamW for embedding and norms."""
     matrices, others = [], []
     for name, p in model.named_parameters():
-        (matrices if p.dim() == 2 and "blocks." in name else others).append(p)
+        if p.requires_grad:
+            (matrices if p.dim() == 2 and "blocks." in name else others).append(p)
     adamw = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
     if kind == "adamw":
         return [torch.optim.AdamW(matrices + others, **adamw)]
-    return [Muon(matrices, lr), torch.optim.AdamW(others, **adamw)]
+    return [Muon(matrices, lr), *([torch.optim.AdamW(others, **adamw)] if others else [])]
 
 
 def set_lr(optimizers, lr):

@@ -5,6 +5,8 @@ prints problems with the model's thinking, its answer and its rewards.
     python sample.py --numbers=3,7,2 --target=20 --n=4              # your own problem, four tries
     python sample.py --ckpt=out/base/ckpt.pt --vs=out/zero/ckpt.pt  # side by side: before, after RL
     python sample.py --ckpt=out/r1/ckpt.pt --task=chat              # or unsafe, arithmetic, ...
+    python sample.py --init_from=FOLDER --question="What is 7 * 8?" # any model, any question
+    python sample.py --init_from=FOLDER --data=FILE --n=4 --only_right --to=traces.jsonl
 """
 import argparse
 import json
@@ -31,6 +33,7 @@ from model import (
     UserError,
     any_terminal,
     atomic_write,
+    from_pretrained,
     generate,
     generators,
     load_checkpoint,
@@ -65,6 +68,13 @@ class SampleConfig:
 
     def rules(self):
         find_device(self.device)
+
+
+REAL_DEFAULTS = {  # with --init_from: the paper's settings, at a size that one GPU can carry
+    "template": "base", "context": 2048, "max_new_tokens": 512, "rl_lr": 1e-6, "rl_steps": 200,
+    "rl_hold": 0, "base_optimizer": "adamw", "sft_lr": 1e-5, "sft_rows": 8, "sft_steps": 150,
+    "save_every": 5, "eval_problems": 100, "eval_samples": 4,
+}
 
 
 @dataclass
@@ -136,8 +146,9 @@ class Parser(argparse.ArgumentParser):
             section = self.add_argument_group(title)
             for f in fields(group):
                 read = {bool: boolean, str: os.path.expanduser}.get(f.type, f.type)  # ~ is a folder
+                bare = {"nargs": "?", "const": True} if f.type is bool else {}  # --flag is true
                 section.add_argument(f"--{f.name}", type=read, metavar=f.type.__name__,
-                                     help=describe(f))
+                                     help=describe(f), **bare)
 
     def error(self, message):
         """One line, without the usage that argparse would print first."""
@@ -186,24 +197,33 @@ def one_line_errors(prog, folder=""):
 NO_FILE = {"task": "countdown", "mix": "", "data": "", "eval_data": ""}
 
 
-def open_checkpoint(given, path=""):
+def open_checkpoint(given, path="", beside=None):
     """(path, model, tokenizer, Config) of a checkpoint, with the settings that it was trained with
-    unless others are given."""
+    unless others are given; or of a Hugging Face folder, with those of a model `beside` it."""
     out_dir = given.get("out_dir", SampleConfig.out_dir)
-    path = path or given.get("ckpt") or os.path.join(out_dir, "zero", "ckpt.pt")
-    state = load_checkpoint(path)
-    if state.get("stage") == "reward_model":
-        raise UserError(f"{path} is a reward model: it judges answers and gives none")
-    trained = state.get("settings", {})
+    path = path or given.get("ckpt") or given.get("init_from")
+    path = path or os.path.join(out_dir, "zero", "ckpt.pt")
+    if os.path.isdir(path):
+        trained = {**REAL_DEFAULTS, **(beside or {})}
+        given = {**given, "init_from": path}
+    else:
+        state = load_checkpoint(path)
+        if state.get("stage") == "reward_model":
+            raise UserError(f"{path} is a reward model: it judges answers and gives none")
+        trained = state.get("settings", {})
     here = {"device": "auto", "threads": 0}  # of this machine, not of the one it was trained on
     cfg = Config.of({**trained, **here, **given})
     then, now = sampling_dtype(pick(SampleConfig, {**trained, **here})), sampling_dtype(cfg.sample)
-    if then != now:
+    if then != now and not os.path.isdir(path):
         print(f"{path} sampled in {then} in training, and now does in {now}")
     if cfg.sample.threads:
         torch.set_num_threads(cfg.sample.threads)
     choose_matmul(cfg.sample)
-    model, tok = model_of(state, path), data.load_tokenizer(cfg.sample.init_from)
+    tok = data.load_tokenizer(cfg.sample.init_from)
+    if os.path.isdir(path):
+        model = from_pretrained(path, REAL_DEFAULTS["context"])
+    else:
+        model = model_of(state, path)
     data.leave_out_long(cfg.data, tok, model.cfg.context - cfg.grpo.max_new_tokens)
     return path, model, tok, cfg
 
@@ -364,13 +384,16 @@ def read_results(folder):
 
 @dataclass
 class AskConfig:
-    ckpt: str = opt("out/zero/ckpt.pt", "checkpoint")
-    vs: str = opt("", "a second checkpoint, to show beside the first")
-    task: str = opt("", "kind of held-out problems; none = what the checkpoint was trained on",
-                    choices=("", *[task for task in data.TASKS if task != "file"]))
+    ckpt: str = opt("", "checkpoint, or a Hugging Face folder; none = out/zero/ckpt.pt")
+    init_from: str = opt("", "the same for a Hugging Face folder")
+    vs: str = opt("", "a second one, to show beside the first")
+    question: str = opt("", "your own question, in words")
     numbers: str = opt("", "your own countdown problem: numbers, as 3,7,2")
     target: int = opt(-1, "... and what to make of them")
-    n: int = opt(4, "problems, or tries at your own one", least=1)
+    n: int = opt(4, "problems, or tries at your own one; with --to tries at each", least=1)
+    to: str = opt("", "JSONL file for all prompts and completions, which `train.py sft` reads")
+    problems: int = opt(400, "... of so many problems at most, none of them held out", least=1)
+    only_right: bool = opt(False, "... that are right: rejection sampling")
     temperature: float = opt(1.0, "0 takes the likeliest token", least=0)
     max_new_tokens: int = opt(0, "longest completion, in tokens; 0 = as in training", least=0)
     seed: int = opt(1, "of the samples", least=0, most=2**63 - 1)
@@ -379,6 +402,8 @@ class AskConfig:
     def rules(self):
         if bool(self.numbers) != (self.target != AskConfig.target):
             raise UserError("--numbers and --target go together")
+        if self.only_right and not self.to:
+            raise UserError("--only_right needs --to=FILE.jsonl")
         numbers = (self.numbers or "0,0").split(",")
         if len(numbers) < 2 or not all(n.strip().isdecimal() and len(n) < 10 for n in numbers):
             raise UserError(f"--numbers={self.numbers} is no list of whole numbers such as 3,7,2")
@@ -394,6 +419,7 @@ def render(problem, text, names=tuple(rewards.REWARDS)):
     else:
         thinking = ((thinking or "").strip() or "(none)").split("\n")
         style = "right" if rewards.is_right(problem, text) else "wrong"
+        style = style if problem.target != "" else "plain"  # nobody knows the answer
         lines = [("plain", "thinking"), *[("dim", f"    {line}") for line in thinking],
                  ("plain", "answer"), (style, f"    {answer or '(none)'}")]
     scores = [f"{name} {rewards.REWARDS[name]([problem], [text])[0]:.3g}" for name in names]
@@ -420,15 +446,13 @@ def fit(text, width):
     return out + " " * (width - used)
 
 
-def ask(args, ckpt):
-    """The problems that the flags name, and what `render` makes of a completion of each."""
-    given = {"device": args.device}
-    if args.task or args.numbers:
-        given |= {**NO_FILE, "task": args.task or "countdown"}
-    if args.max_new_tokens:
-        given["max_new_tokens"] = args.max_new_tokens
-    _, model, tok, cfg = open_checkpoint(given, ckpt)
-    if args.numbers:
+def ask(args, given, path, beside=None):
+    """The problems that the flags name, what `render` makes of a completion of each, and the
+    settings that these were asked with."""
+    path, model, tok, cfg = open_checkpoint(given, path, beside)
+    if args.question:
+        problems = [data.Problem("file", args.question, (), "")] * args.n
+    elif args.numbers:
         numbers = [int(n) for n in args.numbers.split(",")]
         problems = [data.countdown_problem(numbers, args.target)] * args.n
     else:
@@ -436,29 +460,52 @@ def ask(args, ckpt):
     generator = torch.Generator().manual_seed(args.seed)
     answers = sample_answers(for_sampling(model, cfg.sample), tok, problems, 1, cfg,
                              args.temperature, generator, "sample")
-    names = [name for name in rewards.REWARDS if getattr(cfg.rewards, f"w_{name}")]
-    return problems, [render(problem, text, names) for problem, text, _ in answers]
+    names = [name for name in rewards.REWARDS if getattr(cfg.rewards, f"w_{name}")
+             and not (args.question and name == "accuracy")]
+    shown = [render(problem, text, names) for problem, text, _ in answers]
+    return path, problems, shown, cfg.settings()
+
+
+def write_traces(args, given):
+    """Completions of training problems as lines of `prompt` and `completion`."""
+    path, model, tok, cfg = open_checkpoint(given)
+    rng, generator = generators(args.seed, "traces")
+    problems = data.training_problems(cfg.data, args.problems, rng)
+    answers = sample_answers(for_sampling(model, cfg.sample), tok, problems, args.n, cfg,
+                             args.temperature, generator, "sample")
+    kept = [(problem, text) for problem, text, completion in answers
+            if not args.only_right or rewards.is_right(problem, text) and not completion.truncated]
+    write_lines(args.to, [{"prompt": data.in_words(problem, cfg.data), "completion": text}
+                          for problem, text in kept])
+    print(f"{args.to}: {len(kept)} of {len(answers)} completions by {path}, "
+          f"{args.n} of each of {len(problems)} problems")
 
 
 def main(argv):
     with any_terminal():
-        given = vars(Parser("sample.py", __doc__, {"settings": AskConfig}).parse_args(argv))
-        show_answers(given)
+        groups = {"settings": AskConfig, "problems, by default those of training": DataConfig}
+        show_answers(vars(Parser("sample.py", __doc__, groups).parse_args(argv)))
 
 
 def show_answers(given):
     with one_line_errors("sample.py"):
-        args = AskConfig(**given)
+        args = pick(AskConfig, given)
         validate(args)
-        problems, shown = ask(args, args.ckpt)
+        own = ["seed", "temperature", *["max_new_tokens"] * (not args.max_new_tokens)]
+        given = {name: value for name, value in given.items() if name not in own}
+        if ("task" in given or args.numbers or args.question) and "data" not in given:
+            given = {**NO_FILE, **given}
+        if args.to:
+            return write_traces(args, given)
+        path, problems, shown, settings = ask(args, given, "")
         width, columns = max(30, shutil.get_terminal_size((120, 0)).columns // 2 - 2), [shown]
         if args.vs:
-            others, shown = ask(args, args.vs)
+            _, others, shown, _ = ask(args, given, args.vs, settings)
             if problems != others:
-                raise UserError(f"{args.ckpt} and {args.vs} were trained on different problems: "
+                raise UserError(f"{path} and {args.vs} were trained on different problems: "
                                 f"set --task, or --numbers and --target")
             columns.append(shown)
-            print(fit(args.ckpt[-width:], width) + "  " + args.vs[-width:])
+            print(fit(path[-width:], width) + "  " + args.vs[-width:])
         for problem, *answers in zip(problems, *columns, strict=True):
             print(f"--- {problem.question}")
             for *left, (style, line) in zip_longest(*answers, fillvalue=("plain", "")):

@@ -1,5 +1,6 @@
 """The DeepSeek-R1 pipeline on a laptop: this file turns the others into runs.
 
+    base ──── SFT: anybody's traces, --traces=FILE ──────► sft           instead of base for zero
     base ──── GRPO: accuracy, format ────────────────────► zero          DeepSeek-R1-Zero
     base ──── SFT: zero's most readable right traces ────► dev1          cold start
     dev1 ──── GRPO: + one language ──────────────────────► dev2          reasoning RL
@@ -14,6 +15,7 @@
     python train.py table                   # the table again
     python train.py --task=logic --out_dir=out-logic      # or arithmetic, or code
     python train.py --init_from=FOLDER      # GRPO on a real model: a Hugging Face folder
+    python train.py sft zero --init_from=FOLDER --traces=FILE.jsonl --lora_rank=16
     python train.py eval --ckpt=out/zero/ckpt.pt
     python train.py export --ckpt=out/zero/ckpt.pt --export_dir=FOLDER
 
@@ -36,7 +38,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -48,6 +49,7 @@ from model import (
     GPT,
     GPTConfig,
     UserError,
+    add_lora,
     any_terminal,
     apply_gradients,
     config_from_hf,
@@ -56,15 +58,25 @@ from model import (
     load_checkpoint,
     load_model,
     make_optimizers,
+    merged_state,
     opt,
     read_json,
     reading,
+    same_weights,
     save_checkpoint,
     save_pretrained,
     set_lr,
+    token_logps,
 )
 from rewards import Environment, RewardConfig, RewardModel
-from sample import SampleConfig, read_lines, read_results, write_json, write_lines
+from sample import (
+    REAL_DEFAULTS,
+    SampleConfig,
+    read_lines,
+    read_results,
+    write_json,
+    write_lines,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -85,11 +97,17 @@ class TrainConfig:
     sft_rows: int = opt(24, "traces per step; pairs for the reward model", least=1)
     source_problems: int = opt(400, "problems that a stage asks the one it learns from", least=1)
     source_samples: int = opt(8, "samples of each", least=1)
+    traces: str = opt("", "JSONL file of prompts and completions, or of chat messages, for `sft`, "
+                      "from which zero then starts")
+    lora_rank: int = opt(0, "train adapters of this rank, all else frozen; 0: the whole model",
+                         least=0)
+    lora_alpha: float = opt(32.0, "... which count lora_alpha / lora_rank", above=0)
     general_replies: int = opt(600, "scripted replies to general requests, for dev3", least=1)
     label_noise: float = opt(0.1, "share of preferences that are wrong", least=0, most=0.5)
     autocast: str = opt("auto", "training's matrix products in bfloat16; auto: on CUDA",
                         choices=("auto", "on", "off"))
-    ref_dtype: str = opt("float32", "weights of the reference", choices=("float32", "bfloat16"))
+    ref_dtype: str = opt("auto", "weights of the reference; auto: bfloat16 on CUDA",
+                         choices=("auto", "float32", "bfloat16"))
     checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory")
     compile: bool = opt(False, "torch.compile the transformer for training")
     save_every: int = opt(20, "GRPO steps between checkpoints; elsewhere ten times that", least=1)
@@ -105,10 +123,7 @@ class Config(sample.Config):
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-REAL_DEFAULTS = {  # with --init_from: the paper's settings, at a size that one GPU can carry
-    "template": "base", "context": 2048, "max_new_tokens": 512, "rl_lr": 1e-6, "rl_steps": 200,
-    "rl_hold": 0, "base_optimizer": "adamw", "eval_problems": 100, "eval_samples": 4,
-}
+LORA_DEFAULTS = {"rl_lr": 1e-5, "sft_lr": 1e-4}  # there with --lora_rank: adapters want ten times
 TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
     "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
     "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
@@ -121,7 +136,12 @@ def stage_config(stage, given, tok):
     """Default < task (or real weights) < stage < command line. Raises UserError on bad values."""
     folder = given.get("init_from", "")
     task = REAL_DEFAULTS if folder else TASK_DEFAULTS.get(given.get("task"), {})
+    if folder and given.get("lora_rank"):
+        task = REAL_DEFAULTS | LORA_DEFAULTS
     cfg = Config.of({"vocab_size": tok.n_vocab, **task, **stage.settings, **given})
+    if cfg.train.lora_rank and cfg.grpo.ref_every:
+        raise UserError(f"ref_every={cfg.grpo.ref_every}: with --lora_rank the reference is the "
+                        f"model without its adapters, always")
     if folder:
         shape = [key for key in names(GPTConfig, "context") if key in given]
         if shape:
@@ -167,7 +187,8 @@ def names(cls, *left_out):
 
 
 CORPUS = ["task", "n_numbers", "max_number", "ops"]
-PROBLEMS = [*names(DataConfig, "eval_problems"), "seed", "init_from", "base"]
+PROBLEMS = [*names(DataConfig, "eval_problems"), "seed", "init_from", "base", "traces", "lora_rank",
+            "lora_alpha"]
 SFT = [*PROBLEMS, "source_problems", "source_samples", "max_new_tokens", "temperature",
        "base_optimizer", "sft_steps", "sft_lr", "sft_rows"]
 RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
@@ -192,7 +213,7 @@ class Run:
     """One stage under way: its settings, its folder, and how it resumes, logs, saves and stops."""
 
     def __init__(self, name, given):
-        self.name, self.stage = name, STAGES[name]
+        self.name, self.stage = name, stage_of(name, given)
         self.tok = data.load_tokenizer(given.get("init_from", ""))
         self.cfg = cfg = stage_config(self.stage, given, self.tok)
         self.prompt_len = longest_prompt(cfg, self.tok)
@@ -228,7 +249,8 @@ class Run:
         removed: it will be written again."""
         step = self.saved["step"]
         if step:
-            model.load_state_dict(self.saved["model"])
+            trained = self.saved.get("trained")  # with adapters: beside the weights of the parent
+            model.load_state_dict(trained or self.saved["model"], strict=not trained)
             for optimizer, state in zip(optimizers, self.saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             if ref is not None and self.saved["ref"]:
@@ -244,14 +266,22 @@ class Run:
         return step
 
     def load(self, stage, cls=GPT):
-        """The model of a stage; of `base` with --init_from, the real one."""
+        """The model of a stage; of `base` with --init_from, the real one. What adapters leave as it
+        is needs no more precision than sampling does, which then shares it."""
         real, out_dir = self.cfg.sample.init_from, self.cfg.sample.out_dir
+        dtype = self.sample_dtype if self.cfg.train.lora_rank else torch.float32
         if stage == "base" and real:
-            return from_pretrained(real, self.cfg.model.context, device=self.device)
+            return from_pretrained(real, self.cfg.model.context, dtype, self.device)
         path = os.path.join(out_dir, stage, "ckpt.pt")
-        return load_model(stage == "base" and self.cfg.train.base or path, self.device, cls)
+        path = stage == "base" and self.cfg.train.base or path
+        return load_model(path, self.device, cls).to(dtype)
 
-    def set_up(self, model):
+    def set_up(self, model, adapters=True):
+        """How the GPT computes, and with --lora_rank what of it is trained."""
+        train = self.cfg.train
+        if train.lora_rank and adapters and self.stage.kind != "base":
+            _, generator = generators(self.seed, self.name, "adapters")
+            add_lora(model, train.lora_rank, train.lora_alpha, generator)
         model.autocast = sample.use_bf16(self.cfg.train.autocast, self.device)
         model.checkpointing = self.cfg.train.checkpointing
         if self.cfg.train.compile:
@@ -296,7 +326,9 @@ class Run:
             save_checkpoint(self.path("ckpt.pt"), {
                 "stage": self.name, "step": step, "seconds": self.seconds,
                 "settings": self.cfg.settings(), "model_config": asdict(model.cfg),
-                "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                "model": merged_state(model), "optimizers": [o.state_dict() for o in optimizers],
+                "trained": self.cfg.train.lora_rank and {
+                    name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
                 "ref": ref.state_dict() if ref is not None else None})
         if self.stopping and step < steps:
             raise KeyboardInterrupt(f"{self.name} is saved at step {step} of {steps}")
@@ -324,9 +356,7 @@ class Run:
 
 def next_token_loss(model, tokens, mask):
     """Cross-entropy of the tokens of ids (N, T) that the mask (N, T) marks as to be learnt."""
-    mask = mask[:, 1:]
-    hidden = model.hidden(tokens[:, :-1])
-    return F.cross_entropy(model.head(hidden[mask]), tokens[:, 1:][mask])
+    return -token_logps(model, tokens, mask=mask[:, 1:]).sum() / mask[:, 1:].sum()
 
 
 def pair_loss(model, tokens, lengths):
@@ -337,8 +367,8 @@ def pair_loss(model, tokens, lengths):
 def supervise(run, model, batch_fn, lr, loss_fn=next_token_loss):
     """Minimises `loss_fn(model, *batch_fn(rng))` over the run's steps -> the model."""
     cfg, steps = run.cfg.train, run.steps
-    optimizers = make_optimizers(model, lr, cfg.base_optimizer)
     run.set_up(getattr(model, "gpt", model))
+    optimizers = make_optimizers(model, lr, cfg.base_optimizer)
     start, losses = run.resume(model, optimizers), []
     for step in tqdm(range(start, steps), run.name, steps, initial=start, disable=None):
         t0 = time.time()
@@ -392,8 +422,13 @@ def train_rl(run):
     print_memory(run)
     policy = run.load(run.stage.parent)
     if cfg.grpo.kl_coef:
-        ref = copy.deepcopy(policy).requires_grad_(False).to(getattr(torch, cfg.train.ref_dtype))
-        run.set_up(ref)  # by itself: a copy of what is compiled would run the policy's weights
+        if cfg.train.lora_rank:
+            ref = same_weights(policy)  # the policy but for its adapters
+        else:
+            bf16 = sample.use_bf16(cfg.train.ref_dtype, run.device)
+            ref = copy.deepcopy(policy).to(torch.bfloat16 if bf16 else torch.float32)
+        # By itself: a copy of what is compiled would run the policy's weights.
+        run.set_up(ref.requires_grad_(False), adapters=False)
     run.set_up(policy)
     if cfg.rewards.w_preference:
         judge = run.load("reward_model", RewardModel)
@@ -450,14 +485,32 @@ def train_sft(run, filters, rank=None, replies=0):
         print(f"{run.name}: sampled {sum(map(len, texts))} from {source}{counts}, kept "
               f"{len(rows)} of {len(problems)} problems{more}, in {path}")
         rows += scripted_replies(run, replies)
-        write_lines(path, [{"problem": asdict(p), "prompt": data.prompt_text(p, cfg.data),
+        write_lines(path, [{"problem": asdict(p), "prompt": data.in_words(p, cfg.data),
                             "completion": text} for p, text in rows])
-    rows = [(data.Problem(**line["problem"]), line["completion"]) for line in read_lines(path)]
+    rows = [(data.prompt_ids(data.Problem(**line["problem"]), run.tok, cfg.data),
+             data.completion_ids(line["completion"], run.tok, cfg.data))
+            for line in read_lines(path)]
+    return fine_tune(run, rows)
 
+
+def train_traces(run):
+    """Fine-tunes the base on a file of traces, whoever wrote them."""
+    path, context = run.cfg.train.traces, run.cfg.model.context
+    traces = data.read_traces(path, run.tok, run.cfg.data)
+    rows = [row for row in traces if len(row[0]) + len(row[1]) < context]
+    long = f", {len(traces) - len(rows)} of them longer than context={context}, left out"
+    print(f"{run.name}: {len(traces)} answers in {path}{long * (len(rows) < len(traces))}")
+    if not rows:
+        raise UserError(f"traces={path} holds nothing that fits")
+    return fine_tune(run, rows)
+
+
+def fine_tune(run, rows):
+    """Next-token training of the parent's model on the second part of (prompt, completion) ids."""
     def batch(rng):
-        return data.sft_batch(rows, run.tok, cfg.data, rng, cfg.train.sft_rows)
+        return data.sft_batch(rows, run.tok, run.cfg.data, rng, run.cfg.train.sft_rows)
 
-    return supervise(run, run.load(run.stage.parent), batch, cfg.train.sft_lr)
+    return supervise(run, run.load(run.stage.parent), batch, run.cfg.train.sft_lr)
 
 
 def source_samples(run, tasks=None, held_out=False):
@@ -567,6 +620,7 @@ SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16
 SHORT_RL = {"rl_steps": 30}
 STAGES = {  # in the paper's order: whatever a stage needs is above it
     "base": Stage(train_base, "base", None, None, {}),
+    "sft": Stage(train_traces, "sft", "base", None, {}),
     "zero": Stage(train_rl, "rl", "base", None, {}),
     "dev1": Stage(train_dev1, "sft", "base", "zero", {}),
     "dev2": Stage(train_rl, "rl", "dev1", None, {"w_language": 0.5, **SHORT_RL}),
@@ -591,13 +645,39 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it
 }
 
 
-def resolve_dependencies(stages):
+REAL_STAGES = ("base", "sft", "zero", "dev1", "dev2", "dev2_free", "zero_emoji")
+
+
+def stage_of(name, given):
+    """A stage of the table. With --traces, `sft` takes the base's place as a parent of RL."""
+    stage = STAGES[name]
+    if given.get("traces") and (stage.kind, stage.parent) == ("rl", "base"):
+        return replace(stage, parent="sft")
+    return stage
+
+
+def resolve_dependencies(stages, given=None):
     """The given stages and all that they need, in the order in which they run."""
-    needed = set(stages)
+    needed, given = set(stages), given or {}
     for name in reversed(STAGES):
         if name in needed:
-            needed |= {STAGES[name].parent, STAGES[name].source}
+            stage = stage_of(name, given)
+            needed |= {stage.parent, stage.source}
     return [name for name in STAGES if name in needed]
+
+
+def check_stages(stages, given):
+    """Raises UserError, before hours of training, if one of them will not run."""
+    folder, traces = given.get("init_from", ""), given.get("traces")
+    toy = [name for name in stages if name not in REAL_STAGES]
+    if folder and toy:
+        raise UserError(f"--init_from is for {', '.join(REAL_STAGES)}; {', '.join(toy)} need the "
+                        f"toy's small base or its general requests")
+    if "sft" in stages:
+        if not traces:
+            raise UserError("sft needs --traces=FILE.jsonl")
+        tok = data.load_tokenizer(folder)
+        data.read_traces(traces, tok, stage_config(STAGES["sft"], given, tok).data)
 
 
 def run_stage(name, given):
@@ -622,6 +702,8 @@ def run_stage(name, given):
             signal.signal(signal.SIGINT, run.stop_after_step)
         try:
             model, evaluated = run.stage.train(run), False
+            if run.cfg.train.lora_rank:
+                model = None  # what is evaluated is what was saved, with its adapters merged
         finally:
             if in_main_thread:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -761,9 +843,12 @@ def run_table(given):
 
 
 def run_eval(given):
-    """`eval`: the final evaluation of any checkpoint, into the folder it lies in."""
+    """`eval`: the final evaluation of any checkpoint, into the folder it lies in; with --init_from
+    and no --ckpt, of a model as it came."""
     path, model, tok, cfg = sample.open_checkpoint(given)
-    folder = os.path.dirname(path)
+    # A model as it came is the base of what lies in out_dir.
+    is_folder = os.path.isdir(path)
+    folder = os.path.join(cfg.sample.out_dir, "base") if is_folder else os.path.dirname(path)
     sample.evaluate_tasks(model, tok, cfg, folder)
     print_tables({folder or path: read_results(folder)}, cfg.data.tasks())
 
@@ -827,7 +912,9 @@ def run_command_line(words, given):
     with sample.one_line_errors("train.py", given.get("out_dir", SampleConfig.out_dir)):
         if words[0] in COMMANDS:
             return COMMANDS[words[0]](given)
-        for name in resolve_dependencies(words):
+        stages = resolve_dependencies(words, given)
+        check_stages(stages, given)
+        for name in stages:
             run = run_stage(name, given)
         results = all_results(run.cfg.sample.out_dir)
         print_tables(results, run.cfg.data.tasks())

@@ -544,6 +544,7 @@ def test_supervised_batches_learn_the_completion_and_its_end_alone():
              "<think>\nhm\n</think>\n<answer>(3+7)*2</answer>"),
             (data.countdown_problem((1, 2), 3), "1+2")]
     known = {(problem.prompt, text) for problem, text in rows}
+    rows = [(data.prompt_ids(problem, tok, cfg), tok.encode(text)) for problem, text in rows]
     tokens, mask = data.sft_batch(rows, tok, cfg, rng, 6)
     assert len(tokens) == 6
     for ids, learnt in zip(tokens, mask, strict=True):
@@ -591,6 +592,8 @@ def fine_tune(tmp_path, monkeypatch):
         given = {"out_dir": str(tmp_path), "source_problems": 40, "source_samples": 4}
         dev1 = train.Run("dev1", given)
         dev1.saved = {"step": step}
+        monkeypatch.setattr(data, "prompt_ids", lambda problem, *others: problem)
+        monkeypatch.setattr(data, "completion_ids", lambda text, *others: text)
         loaded.clear()
         train.train_sft(dev1, list(filters), rank, replies)
         assert loaded == ["base"] if step else ["zero", "base"]  # the source, and then the parent
