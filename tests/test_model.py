@@ -19,6 +19,7 @@ from model import (
     OneDNN,
     PrefillCache,
     UserError,
+    add_lora,
     apply_gradients,
     apply_rope,
     generate,
@@ -26,9 +27,11 @@ from model import (
     load_checkpoint,
     load_model,
     make_optimizers,
+    merged_state,
     onednn_pays,
     opt,
     rope_table,
+    same_weights,
     sample_token,
     sampling_copy,
     save_checkpoint,
@@ -659,3 +662,61 @@ def test_loading_a_checkpoint_runs_no_code(tmp_path):
     with pytest.raises(UserError):
         load_checkpoint(str(tmp_path / "trap.pt"))
     assert not (tmp_path / "sprung").exists()
+
+
+# -------------------------------------------------------------------------------------------- LoRA
+
+
+def with_adapters(model, rank=2, alpha=4.0):
+    """The model with adapters that already matter, and its view without them."""
+    view = same_weights(model)
+    add_lora(model, rank, alpha, torch.Generator().manual_seed(1))
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            torch.nn.init.normal_(p, std=0.3)
+    return model, view
+
+
+def test_fresh_adapters_change_nothing_and_alone_are_trained(tiny):
+    idx = torch.tensor([[1, 2, 3, 4]])
+    before = tiny(idx)
+    add_lora(tiny, 2, 4.0, torch.Generator())
+    assert torch.equal(tiny(idx), before)
+    trained = [name for name, p in tiny.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 7 * 2 and all(name.endswith((".A", ".B")) for name in trained)
+    for kind in ("adamw", "muon"):
+        optimizers = make_optimizers(tiny, 0.1, kind)
+        assert sum(len(g["params"]) for o in optimizers for g in o.param_groups) == len(trained)
+
+
+def test_a_view_shares_all_weights_and_has_no_adapters(tiny):
+    idx, before = torch.tensor([[1, 2, 3, 4]]), tiny(torch.tensor([[1, 2, 3, 4]]))
+    model, view = with_adapters(tiny)
+    assert torch.equal(view(idx), before) and (model(idx) - before).abs().max() > 0.1
+    assert view.embed.weight is model.embed.weight and view.cos is model.cos
+    assert view.blocks[0].attn.q_proj.weight is model.blocks[0].attn.q_proj.weight
+
+
+def test_a_merged_model_is_an_ordinary_one_that_computes_the_same(tiny):
+    idx, cfg = torch.tensor([[1, 2, 3, 4]]), tiny.cfg
+    plain = tiny.state_dict()
+    assert all(torch.equal(plain[name], t) for name, t in merged_state(tiny).items())
+    model, _ = with_adapters(tiny)
+    merged = GPT(cfg)
+    merged.load_state_dict(merged_state(model))
+    assert (merged(idx) - model(idx)).abs().max() < 1e-4
+
+
+def test_beside_bfloat16_weights_adapters_stay_in_fp32_and_small_updates_count(tiny):
+    model = tiny.bfloat16()
+    view = same_weights(model)
+    add_lora(model, 2, 4.0, torch.Generator().manual_seed(1))
+    layer, same = model.blocks[0].mlp.up_proj, view.blocks[0].mlp.up_proj
+    assert layer.A.dtype == layer.B.dtype == torch.float32
+    torch.nn.init.constant_(layer.B, 1e-7)
+    merged = merged_state(model)["blocks.0.mlp.up_proj.weight"]
+    assert torch.equal(merged.bfloat16(), same.weight) and not torch.equal(merged, same.weight)
+    layer.weight.data.zero_()  # shared: what is left is the adapter's part
+    x = torch.ones(1, layer.in_features, dtype=torch.bfloat16)
+    assert same(x).abs().max() == 0 < layer(x).abs().max()
+    assert model(torch.tensor([[1, 2, 3]])).dtype == torch.float32

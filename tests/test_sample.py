@@ -374,6 +374,48 @@ def test_checkpoints_of_different_tasks_are_not_shown_side_by_side(finished, tmp
     sample.main([*argv, "--task=logic", "--max_new_tokens=4"])
 
 
+def test_a_question_can_be_asked(finished, capsys):
+    shown = ask(finished, capsys, "--question=what is 1+2", "--n=2")
+    assert shown.count("--- what is 1+2") == 2 and "format 0" in shown and "accuracy" not in shown
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("hf"))
+    train.main(["export", f"--ckpt={finished / 'zero' / 'ckpt.pt'}", f"--export_dir={folder}"])
+    return folder
+
+
+def test_a_folder_is_asked_like_a_checkpoint_and_shown_beside_one(finished, exported, capsys):
+    asked = ask(finished, capsys, "--n=2", "--temperature=0", f"--vs={exported}")
+    assert asked.count("--- make") == 2 and asked.count("accuracy 0") == 4  # two beside two
+    sample.main([f"--init_from={exported}", "--template=toy", "--question=make 3 from 1 and 2",
+                 "--max_new_tokens=5"])
+    assert capsys.readouterr().out.count("--- make 3") == 4
+
+
+def test_right_completions_become_traces(finished, tmp_path, monkeypatch, capsys):
+    path, right = tmp_path / "traces.jsonl", []
+
+    def answers(model, tok, problems, k, cfg, *others):
+        assert not any(p.held_out for p in problems) and (len(problems), k) == (5, 2)
+        assert len({p.key for p in problems}) == 5
+        return [(p, f"<answer>{p.target + i}</answer>", Completion([], [], None, i > 1))
+                for p in problems for i in range(k)]
+
+    monkeypatch.setattr(sample, "sample_answers", answers)
+    flags = ["--task=arithmetic", "--n=2", "--problems=5", f"--to={path}"]
+    assert "10 of 10" in ask(finished, capsys, *flags)
+    assert "5 of 10" in ask(finished, capsys, *flags, "--only_right")
+    tok, cfg = data.load_tokenizer(), data.DataConfig(task="arithmetic")
+    for prompt, said in data.read_traces(str(path), tok, cfg):
+        question, answer = tok.decode(prompt), tok.decode(said)
+        right.append(eval(question.split("what is ")[1].split("\n")[0]) == int(answer[8:-9]))
+    assert right == [True] * 5
+    argv = [f"--ckpt={finished / 'zero' / 'ckpt.pt'}", "--only_right"]
+    assert "--to" in refusal(sample.main, argv, capsys)
+
+
 def test_what_a_model_says_cannot_control_the_terminal():
     text = "<think>\033[2J\r\x07</think><answer>3+7</answer>"
     shown = "".join(line for _, line in sample.render(ADD, text))

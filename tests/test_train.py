@@ -608,7 +608,7 @@ def test_fine_tuning_learns_the_best_sample_of_each_problem_and_the_better_half(
     rows, written = fine_tune(texts, filters, longest)
     assert [text for _, text in rows] == ["bb"] * 20 == [line["completion"] for line in written]
     for (problem, _), line in zip(rows, written, strict=True):
-        assert line["prompt"] == problem.prompt and not problem.held_out
+        assert line["prompt"] == problem.question and not problem.held_out
     counts = "sampled 160 from zero, no x 80, short 60, kept 20 of 40 problems"
     assert counts in capsys.readouterr().out
     assert fine_tune(["other"], {}, step=1)[0] == rows  # resumed: what the file holds counts
@@ -940,6 +940,159 @@ def test_memory_is_planned_from_the_settings():
     assert plan(ref_dtype="bfloat16")["reference"] == 2 * n
     for less in ({"checkpointing": True}, {"micro_tokens": 1024}):
         assert plan(**less)["activations"] < default["activations"]
+
+
+# ---------------------------------------------------------------------- adapters, traces, questions
+
+LORA = ["--lora_rank=2", "--lora_alpha=8", "--w_length=1", "--rl_lr=0.03", "--kl_coef=0.1"]
+
+
+@pytest.fixture(scope="module")
+def adapted(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("adapted")
+    run(out, "zero", tiny=[*REAL, f"--init_from={folder}", *LORA])
+    return out
+
+
+def test_adapters_train_and_leave_an_ordinary_checkpoint(adapted, folder):
+    model, base = load_model(str(adapted / "zero" / "ckpt.pt")), from_pretrained(folder)
+    moved = {name for (name, p), q in zip(model.named_parameters(), base.parameters(), strict=True)
+             if not torch.equal(p, q)}
+    assert moved == {name for name, p in model.named_parameters()
+                     if "_proj" in name and p.dim() == 2}
+    state = load_checkpoint(str(adapted / "zero" / "ckpt.pt"))
+    assert all(name.endswith((".A", ".B")) for name in state["trained"])
+    first, last = lines(adapted / "zero")
+    assert first["kl"] == 0 < last["kl"] and first["ratio"] == pytest.approx(1, abs=1e-4)
+
+
+def test_adapters_resume_as_if_they_had_not_been_cut(adapted, folder, tmp_path, monkeypatch):
+    flags = [*REAL, f"--init_from={folder}", *LORA]
+    with monkeypatch.context() as m:
+        cut_at(m, "zero", 2)
+        with pytest.raises(Cut):
+            run(tmp_path, "zero", tiny=flags)
+    run(tmp_path, "zero", tiny=flags)
+    assert_same(tmp_path / "zero", adapted / "zero")
+
+
+def test_adapters_leave_the_reference_as_it_is(folder, tmp_path, capsys):
+    argv = [*REAL, f"--init_from={folder}", *LORA, "--ref_every=1", f"--out_dir={tmp_path}"]
+    assert "ref_every" in refusal(train.main, argv, capsys)
+
+
+def test_base_policy_reference_and_sampler_of_adapters_are_one_in_bfloat16(folder, tmp_path):
+    flags = [*LORA, "--sample_dtype=bfloat16", "--autocast=on"]
+    run(tmp_path, "zero", tiny=[*REAL, f"--init_from={folder}", *flags])
+    state = load_checkpoint(str(tmp_path / "zero" / "ckpt.pt"))
+    assert {t.dtype for t in [*state["model"].values(), *state["trained"].values()]} == {
+        torch.float32}
+    first = lines(tmp_path / "zero")[0]
+    assert first["ratio"] == pytest.approx(1, abs=0.05) and first["sampler_kl"] < 1e-3
+
+
+def test_a_compiled_policy_has_a_reference_of_its_own(folder, tmp_path, monkeypatch):
+    def compiled(method, dynamic):
+        return lambda *args: method(*args)  # which deepcopy leaves as it is
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    for flags in (LORA, LORA[2:]):
+        out = tmp_path / str(len(flags))
+        run(out, "zero", tiny=[*REAL, f"--init_from={folder}", "--compile", *flags])
+        assert lines(out / "zero")[-1]["kl"] > 0
+
+
+CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is 1+2"},
+        {"role": "assistant", "content": "3"}, {"role": "user", "content": "what is 2+2"},
+        {"role": "assistant", "content": "4"}]
+TRACES = [{"prompt": "what is 1+2", "completion": "3"}, {"messages": CHAT},
+          {"prompt": CHAT[1:2], "completion": CHAT[2:3]}]
+
+
+def write_traces(path, entries):
+    path.write_text("\ufeff" + "\n\n".join(map(json.dumps, entries)) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("template", ["toy", "base"])
+def test_traces_are_answers_behind_what_came_before_them(tmp_path, template):
+    tok, cfg = data.load_tokenizer(), data.DataConfig(template=template)
+    rows = data.read_traces(write_traces(tmp_path / "traces.jsonl", TRACES), tok, cfg)
+    begin, turn, end = (part for part in data.TEMPLATES[template])
+    one = begin + turn.replace("{question}", "what is 1+2")
+    two = one + "3" + end + turn.replace("{question}", "what is 2+2")
+    assert [tuple(map(tok.decode, row)) for row in rows] == [
+        (one, "3"), (one, "3"), (two, "4"), (one, "3")]
+    cfg = data.DataConfig(template="base", prefill_think=True)
+    entry = {"prompt": "why", "completion": "<think>\nso</think>"}
+    (prompt, said), = data.read_traces(write_traces(tmp_path / "a", [entry]), tok, cfg)
+    assert tok.decode(prompt).endswith("<think>\n") and tok.decode(said) == "so</think>"
+
+
+def test_zero_starts_from_anybodys_traces(folder, tmp_path, capsys):
+    entries = [*TRACES, {"prompt": "long", "completion": "x" * 500}]
+    path = write_traces(tmp_path / "traces.jsonl", entries)
+    flags = [f"--init_from={folder}", f"--traces={path}", "--sft_steps=30", "--sft_lr=0.05",
+             "--sft_rows=2", "--template=toy", "--lora_rank=1"]
+    run(tmp_path, "sft", "zero", tiny=[*REAL, *flags])
+    assert "5 answers in" in (said := capsys.readouterr().out) and "1 of them longer" in said
+    losses = [line["loss"] for line in lines(tmp_path / "sft")]
+    assert losses[-1] < losses[0] - 0.2
+    sft = load_checkpoint(str(tmp_path / "sft" / "ckpt.pt"))["model"]["embed.weight"]
+    zero = load_checkpoint(str(tmp_path / "zero" / "ckpt.pt"))["model"]
+    assert torch.equal(sft, zero["embed.weight"])
+    assert train.stage_of("zero", {"traces": path}).parent == "sft"
+    assert train.stage_of("zero", {}).parent == train.stage_of("dev1", {"traces": path}).parent
+    other = ["zero", *REAL, *flags[:1], f"--out_dir={tmp_path}", "--template=toy"]
+    assert "traces" in refusal(train.main, other, capsys)
+
+
+@pytest.mark.parametrize("line", [
+    "{", "3", '{"prompt": "a"}', '{"prompt": "a", "completion": ""}', '{"messages": []}',
+    '{"prompt": 3, "completion": "b"}', '{"messages": [{"role": "user", "content": "a"}]}',
+    '{"messages": [{"role": "robot", "content": "a"}]}', '{"messages": [3]}',
+    '{"messages": [{"role": "assistant", "content": null}]}'])
+def test_a_bad_trace_is_named_by_its_line(folder, tmp_path, capsys, line):
+    path = tmp_path / "traces.jsonl"
+    path.write_text(json.dumps(TRACES[0]) + "\n\n" + line + "\n")
+    argv = ["sft", *REAL, f"--init_from={folder}", f"--traces={path}", f"--out_dir={tmp_path}"]
+    assert "line 3" in refusal(train.main, argv, capsys)
+    assert not (tmp_path / "base").exists()  # nothing has run
+
+
+def test_what_cannot_run_is_refused_before_anything_runs(folder, tmp_path, capsys):
+    for argv, words in ((["dev3"], ["dev3"]), (["zero", "r1"], ["r1", "reward_model"]),
+                        (["distill"], ["small_base"]), (["sft"], ["--traces"])):
+        argv = [*argv, *REAL, f"--init_from={folder}", f"--out_dir={tmp_path}"]
+        err = refusal(train.main, argv, capsys)
+        assert all(word in err for word in words) and not (tmp_path / "base").exists(), err
+
+
+def test_settings_for_real_models_hold_in_every_stage(folder):
+    for stage in map(train.STAGES.get, train.REAL_STAGES):
+        for lora, rl_lr, sft_lr in ((0, 1e-6, 1e-5), (4, 1e-5, 1e-4)):
+            given = {"init_from": folder, "lora_rank": lora}
+            cfg = train.stage_config(stage, given, data.load_tokenizer(folder))
+            assert (cfg.grpo.rl_lr, cfg.train.sft_lr, cfg.train.save_every) == (rl_lr, sft_lr, 5)
+            assert cfg.train.base_optimizer == "adamw"
+
+
+def test_a_model_as_it_came_is_evaluated(folder, tmp_path):
+    flags = [*SHORT, "--max_new_tokens=5", "--context=400", f"--out_dir={tmp_path}"]
+    flags = [flag for flag in flags if "base_" not in flag]
+    train.main(["eval", f"--init_from={folder}", *flags])
+    assert results(tmp_path / "base")["countdown"]["problems"] == 3
+
+
+def test_an_export_knows_how_to_chat(finished, tmp_path):
+    jinja2 = pytest.importorskip("jinja2")
+    ckpt = f"--ckpt={finished / 'zero' / 'ckpt.pt'}"
+    train.main(["export", ckpt, f"--export_dir={tmp_path}"])
+    template = json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"]
+    problem = data.countdown_problem((3, 7, 2), 20)
+    chat = [{"role": "user", "content": problem.question}, {"role": "assistant", "content": "no"}]
+    shown = jinja2.Template(template).render(messages=chat, eos_token=data.END)
+    assert shown == f"{problem.prompt}no{data.END}"
 
 
 # ---------------------------------------------------------------------------------------- bad input
