@@ -183,7 +183,7 @@ class LoRA(Linear):
         y = super().forward(x)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.A.dtype)  # fp32, also where W is in bfloat16
-        return y + (self.scale * F.linear(F.linear(x, self.A), self.B)).to(y.dtype)
+        return y.add_(F.linear(F.linear(x, self.A), self.B).to(y.dtype), alpha=self.scale)
 
 
 def onednn_pays():
@@ -547,12 +547,14 @@ def add_lora(model, rank, alpha, generator):
 
 @torch.no_grad()
 def merged_state(model):
-    """The state dict, in fp32, of an ordinary model that computes what this one does."""
-    state = {name: t.float() for name, t in model.state_dict().items()}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoRA):
-            del state[f"{name}.A"], state[f"{name}.B"]
-            state[f"{name}.weight"] = layer.weight + layer.scale * layer.B @ layer.A
+    """The state dict of an ordinary model that computes what this one, with adapters, does."""
+    state = model.state_dict()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
+    if layers:
+        state = {name: t.float().cpu() for name, t in state.items()}
+    for name, layer in layers.items():
+        del state[f"{name}.A"], state[f"{name}.B"]
+        state[f"{name}.weight"] = (layer.weight + layer.scale * layer.B @ layer.A).cpu()
     return state
 
 

@@ -23,6 +23,7 @@ A stage writes ckpt.pt, metrics.jsonl, rollouts.jsonl, eval.json, samples.jsonl 
 The same command again resumes a stage that was cut short.
 """
 import copy
+import ctypes
 import json
 import math
 import os
@@ -718,30 +719,55 @@ def run_stage(name, given):
 
 
 def memory_plan(cfg, prompt_len, device):
-    """{what: bytes} of a GRPO step, exact but for the activations, which are a rule of thumb."""
+    """What GRPO takes all the time, {what: bytes}, and what at its two fullest moments; activations
+    as autograd keeps them."""
     def size(dtype):  # of a number
         return 2 if sample.use_bf16(dtype, device) else 4
 
     m, g, t, sampler = cfg.model, cfg.grpo, cfg.train, size(cfg.sample.sample_dtype)
     with torch.device("meta"):
-        n = sum(p.numel() for p in GPT(m).parameters())
+        model = GPT(m)
+        n = sum(p.numel() for p in model.parameters())
+        matrices = sum(p.numel() for p in model.blocks.parameters())
+        if t.lora_rank:
+            add_lora(model, t.lora_rank, t.lora_alpha, None)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weight = sampler if t.lora_rank else 4  # bytes
+    product = min(weight, size(t.autocast))
+    always = {"torch": 2**29, "weights": weight * n + 4 * trained * (t.lora_rank > 0),
+              "optimiser": (8 if g.rl_optimizer == "adamw" else 4) * trained}
+    if not t.lora_rank:
+        always["reference"] = size(t.ref_dtype) * n if g.kl_coef else 0
+        always["sampler"] = 2 * n if sampler == 2 else 0
+
     columns = prompt_len + g.max_new_tokens
     rows = max(g.prompts_per_step * g.group_size, 32 * cfg.sample.eval_samples)
     cache = 2 * rows * columns * m.n_layer * m.n_kv_head * m.d_head
-    block = 10 * m.n_embd + 5 * m.d_head * (m.n_head + m.n_kv_head) + 6 * m.mlp_dim  # per token
-    kept = m.n_layer * m.n_embd + block if t.checkpointing else m.n_layer * block
-    logits = 3 * 4 * 2**24  # three times those that `token_logps` has at a time
-    return {"weights": 4 * n, "gradients": 4 * n,
-            "optimiser": (8 if g.rl_optimizer == "adamw" else 4) * n,
-            "reference": size(t.ref_dtype) * n if g.kl_coef else 0,
-            "sampling": sampler * cache + (2 * n if sampler == 2 else 0),
-            "activations": size(t.autocast) * kept * max(g.micro_tokens, columns) + logits}
+    sampling = sampler * cache + 3 * 4 * rows * m.vocab_size  # logits, softmax, its sums
+
+    tokens = max(g.micro_tokens, columns)
+    block = 4 * m.n_embd * (4 if t.lora_rank else 6) + product * (  # per token: norms, products
+        2 * m.d_head * (m.n_head + m.n_kv_head) + 4 * m.mlp_dim)
+    copies = 2 * matrices if product < weight else 0  # autocast's, kept for the backward pass
+    if t.checkpointing:
+        block, copies = weight * m.n_embd + block / m.n_layer, copies / m.n_layer
+    activations = m.n_layer * block * tokens + copies
+    activations += 4 * 4 * min(2**24, tokens * m.vocab_size)  # logits and their gradients
+    step = 4 * trained if device.type == "cuda" else 0  # AdamW works on all weights at a time
+    return always, {"sampling": sampling, "update": 4 * trained + max(activations, step)}
+
+
+def return_memory():
+    """Makes glibc give back to the system what is freed. Else large models' tensors leave gaps in
+    its heap, which on a CPU cost half as much again as the activations."""
+    with suppress(AttributeError, OSError, TypeError):  # other systems
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 def print_memory(run):
     """What RL will take, and what there is. A toy needs no such line."""
-    parts = memory_plan(run.cfg, run.prompt_len, run.device)
-    need = sum(parts.values())
+    always, moments = memory_plan(run.cfg, run.prompt_len, run.device)
+    need = sum(always.values()) + max(moments.values())
     if need < 2**30 and not run.cfg.sample.init_from:
         return
     have = math.inf
@@ -750,12 +776,14 @@ def print_memory(run):
     else:
         with suppress(AttributeError, ValueError, OSError):  # Windows and some Macs do not say
             have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    shown = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    always, moments = ([f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size]
+                       for parts in (always, moments))
+    shown = f"{' + '.join(always)} + max({', '.join(moments)})"
     of = "" if have == math.inf else f" of {have / 2**30:.1f}"
     print(f"memory, GiB: {shown} = about {need / 2**30:.1f}{of}")
     if need > have:
         print("too much: lower --micro_tokens or --prompts_per_step, or set --checkpointing=true, "
-              "--ref_dtype=bfloat16 or --kl_coef=0")
+              "--lora_rank=16, --ref_dtype=bfloat16 or --kl_coef=0")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -914,6 +942,8 @@ def run_command_line(words, given):
             return COMMANDS[words[0]](given)
         stages = resolve_dependencies(words, given)
         check_stages(stages, given)
+        if given.get("init_from"):
+            return_memory()
         for name in stages:
             run = run_stage(name, given)
         results = all_results(run.cfg.sample.out_dir)

@@ -29,6 +29,7 @@ from model import (
     Completion,
     GPTConfig,
     UserError,
+    add_lora,
     from_pretrained,
     load_checkpoint,
     load_model,
@@ -934,12 +935,45 @@ def test_memory_is_planned_from_the_settings():
         return train.memory_plan(cfg, 20, torch.device("cpu"))
 
     n = sum(p.numel() for p in GPT(GPTConfig(vocab_size=500)).parameters())
-    default = plan()
-    assert default["weights"] == 4 * n and plan(rl_optimizer="adamw")["optimiser"] == 8 * n
-    assert plan(kl_coef=0.0)["reference"] == 0
-    assert plan(ref_dtype="bfloat16")["reference"] == 2 * n
+    default, moments = plan()
+    assert default["weights"] == 4 * n and plan(rl_optimizer="adamw")[0]["optimiser"] == 8 * n
+    assert plan(kl_coef=0.0)[0]["reference"] == 0
+    assert plan(ref_dtype="bfloat16")[0]["reference"] == 2 * n
     for less in ({"checkpointing": True}, {"micro_tokens": 1024}):
-        assert plan(**less)["activations"] < default["activations"]
+        assert plan(**less)[1]["update"] < moments["update"]
+    lora, less = plan(lora_rank=2, sample_dtype="bfloat16")
+    assert "reference" not in lora and lora["optimiser"] < n and less["update"] < moments["update"]
+    assert 2 * n < lora["weights"] < 2.5 * n
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"autocast": "on"}, {"lora_rank": 4}, {"checkpointing": True},
+    {"lora_rank": 4, "sample_dtype": "bfloat16", "autocast": "on"}])
+def test_planned_activations_are_those_that_autograd_keeps(settings):
+    shape = {"vocab_size": 50, "n_layer": 4, "n_embd": 128, "mlp_dim": 384, "n_head": 4}
+    cfg = train.Config.of({**shape, "micro_tokens": 500, **settings})
+    always, moments = train.memory_plan(cfg, 20, torch.device("cpu"))
+    dtype = torch.bfloat16 if "sample_dtype" in settings else torch.float32
+    model, kept = GPT(cfg.model).to(dtype), {}
+    model.autocast, model.checkpointing = "autocast" in settings, cfg.train.checkpointing
+    if cfg.train.lora_rank:
+        add_lora(model, cfg.train.lora_rank, 1.0, None)
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def keep(t):
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t  # held, so that no address is used again
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, torch.Tensor.detach):
+        model.hidden(torch.ones(1, 500, dtype=torch.long))
+    taken = sum(t.untyped_storage().nbytes() for t in kept.values())
+    planned = moments["update"] - 4 * trained - 16 * 500 * 50  # without gradients and logits
+    if cfg.train.checkpointing:  # one block's are made again, and then the next one's
+        assert planned / 10 < taken < planned
+    else:
+        assert planned == pytest.approx(taken, rel=0.1)
 
 
 # ---------------------------------------------------------------------- adapters, traces, questions
