@@ -481,10 +481,12 @@ def write_traces(args, given):
           f"{args.n} of each of {len(problems)} problems")
 
 
+GROUPS = {"settings": AskConfig, "problems, by default those of training": DataConfig}
+
+
 def main(argv):
     with any_terminal():
-        groups = {"settings": AskConfig, "problems, by default those of training": DataConfig}
-        show_answers(vars(Parser("sample.py", __doc__, groups).parse_args(argv)))
+        show_answers(vars(Parser("sample.py", __doc__, GROUPS).parse_args(argv)))
 
 
 def show_answers(given):

@@ -34,7 +34,7 @@ def commands():
     shell = [body.replace("\\\n", " ") for kind, body in FENCED if not kind]
     found = [line for body in shell for line in body.splitlines()]
     found += re.findall(r"`(python [^`]+)`", README + RESULTS)
-    found = [" ".join(shlex.split(line.split("#")[0])) for line in found if "python" in line]
+    found = [shlex.join(shlex.split(line.split("#")[0])) for line in found if "python" in line]
     found = [re.sub(r"^taskset -c 0 ", "", line) for line in found]
     return sorted({line for line in found if re.match(r"python (\w+\.py|tests/)", line)})
 
@@ -168,15 +168,28 @@ def test_the_reward_of_the_readme_works_as_written(monkeypatch):
 def test_every_command_of_the_readme_is_one_that_there_is():
     assert len(COMMANDS) > 25
     for command in COMMANDS:
-        script, *argv = command.split()[1:]
+        script, *argv = shlex.split(command)[1:]
         if script == "train.py" and "--help" not in argv:
             train.parse(argv)
         elif script == "sample.py":
-            sample.Parser("sample.py", "", {"settings": sample.AskConfig}).parse_args(argv)
+            sample.Parser("sample.py", "", sample.GROUPS).parse_args(argv)
         else:
             text = source(script) + source("tests/bench/common.py")
             for flag in re.findall(r"--[\w-]+", command):
                 assert flag == "--help" or flag[2:] in text, (command, flag)
+
+
+def test_the_adapters_of_the_readme_judge_as_our_rewards_do():
+    names = {"data": data, "rewards": rewards}
+    exec(PYTHON[3] + PYTHON[4], names)  # the README's own code
+    names["problems"] = [data.Problem("arithmetic", "what is 1+2", (1, 2), 3)]
+    texts = ["<think>1</think><answer>3</answer>", "<answer>4</answer>"]
+    said = [[{"role": "assistant", "content": text}] for text in texts]
+    assert names["in_trl"](rewards.accuracy)(said, problem=[0, 0], prompts=said) == [1, 0]
+    extra = {"question": "what is 1+2", "numbers": [1, 2]}
+    scores = [names["compute_score"]("arithmetic", text, 3, extra) for text in texts]
+    assert scores == rewards.score(names["problems"] * 2, texts, rewards.RewardConfig())[0]
+    assert PYTHON[3] in source("tests/bench/trl_train.py")
 
 
 def in_order(command):
@@ -192,7 +205,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, lenient):  # noqa
     others = ("--help", "SmolLM2", "out-smol", "--task=largest", "tests/")
     chosen = [c for c in COMMANDS if not any(word in c for word in others)]
     for command in sorted(chosen, key=in_order):
-        script, *argv = command.split()[1:]
+        script, *argv = shlex.split(command)[1:]
         if script == "sample.py":
             sample.main([*argv, "--max_new_tokens=8"])
         elif "eval" in argv:
