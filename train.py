@@ -219,10 +219,6 @@ class Run:
         self.cfg = cfg = stage_config(self.stage, given, self.tok)
         self.prompt_len = longest_prompt(cfg, self.tok)
         self.seed, self.device = cfg.sample.seed, sample.find_device(cfg.sample.device)
-        # Checkpoints say what "auto" meant: whatever asks them later samples in the same dtype,
-        # since weights move less in RL than bfloat16 can show.
-        self.sample_dtype = sample.sampling_dtype(cfg.sample)
-        cfg.sample.sample_dtype = str(self.sample_dtype).removeprefix("torch.")
         if cfg.sample.threads:
             torch.set_num_threads(cfg.sample.threads)
         steps = {"base": "base_steps", "rl": "rl_steps"}.get(self.stage.kind, "sft_steps")
@@ -233,7 +229,13 @@ class Run:
         if os.path.exists(self.path("ckpt.pt")):
             self.saved = load_checkpoint(self.path("ckpt.pt"))
             self.check_settings()
-        sample.choose_matmul(cfg.sample, self.saved.get("settings", {}).get("matmul", "auto"))
+        # Checkpoints say what "auto" meant. A run goes on in that dtype, and whatever asks it later
+        # samples in it, since weights move less in RL than bfloat16 can show.
+        then = self.saved.get("settings", {})
+        cfg.sample.sample_dtype = given.get("sample_dtype") or then.get("sample_dtype", "auto")
+        self.sample_dtype = sample.sampling_dtype(cfg.sample)
+        cfg.sample.sample_dtype = str(self.sample_dtype).removeprefix("torch.")
+        sample.choose_matmul(cfg.sample, then.get("matmul", "auto"))
 
     def path(self, file):
         return os.path.join(self.dir, file)

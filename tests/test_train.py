@@ -467,6 +467,12 @@ def test_who_multiplies_is_measured_once_and_kept_in_the_checkpoint(
         assert sample.Linear.onednn == (want == "onednn")
 
 
+def test_a_run_goes_on_sampling_in_the_dtype_that_it_began_with(finished, rounded):
+    for out, want in ((finished, torch.float32), (rounded, torch.bfloat16)):
+        given = train.parse([*ZERO, f"--out_dir={out}"])[1]  # says nothing of a dtype
+        assert train.Run("zero", given).sample_dtype == want
+
+
 def test_all_tasks_are_read_trained_on_and_evaluated_alike(tmp_path, capsys):
     run(tmp_path, "zero", "--task=all", "--prompts_per_step=8")
     found = sample.read_results(tmp_path / "zero")

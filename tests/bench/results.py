@@ -85,7 +85,7 @@ def gather():
         found = [file for file in sorted(os.listdir(path)) if file.endswith(".json")] \
             if os.path.exists(path) else []
         evidence[name] = {file[:-5]: round_all(read(os.path.join(path, file))) for file in found}
-    return {"earlier": read(FILE)["earlier"], "seen": seen(folder("seed 1")), "runs": runs,
+    return {"earlier": read(FILE)["earlier"], "seen": seen(folder(next(iter(runs)))), "runs": runs,
             "evidence": evidence,
             "about": {"counting": counting(), "cpu": cpu_name(), "cores": os.cpu_count(),
                       "torch": torch.__version__, "python": platform.python_version(),
@@ -323,7 +323,8 @@ def claims(results):
          lambda s: all(gains(s, task) for task in data.REASONING)],
     ]
     head = ["claim", "runs", "measured", "holds in each"]
-    shown = [[claim, "seeds 1 / 2 / 3" if of is toy else next(iter(of), "–"), figures,
+    seeds = "seeds " + " / ".join(name.split(" ")[1] for name in toy)
+    shown = [[claim, seeds if of is toy else ALL, figures,
               "yes" if all(check(stages) for stages in of.values()) else "**no**"]
              for claim, of, figures, check in rows]
     for name, found in results.get("evidence", {}).items():
