@@ -12,6 +12,7 @@ import random
 import sys
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -47,6 +48,7 @@ trainer = GRPOTrainer(
         output_dir="out-trl", max_steps=args.max_steps, learning_rate=5e-4, beta=0.001,
         loss_type="grpo", num_generations=16, per_device_train_batch_size=64,
         gradient_accumulation_steps=4, max_completion_length=args.max_completion_length,
+        bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
         logging_steps=1, report_to="none", save_strategy="no"))
 trainer.train()
 trainer.save_model("out-trl")
