@@ -496,16 +496,6 @@ def no_problem(cfg, task, held_out):
                      f"no {task} problem to {'hold out' if held_out else 'train on'}")
 
 
-def training_problems(cfg, n, rng):
-    """Up to n distinct problems, none of them held out."""
-    found = {}
-    for _ in range(50 * n):
-        if len(found) < n:
-            problem = draw_problem(cfg, rng)
-            found.setdefault(problem.key, problem)
-    return list(found.values())
-
-
 # ------------------------------------------------------------------------------------------------
 # Prompts
 

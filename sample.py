@@ -470,7 +470,8 @@ def write_traces(args, given):
     """Completions of training problems as lines of `prompt` and `completion`."""
     path, model, tok, cfg = open_checkpoint(given)
     rng, generator = generators(args.seed, "traces")
-    problems = data.training_problems(cfg.data, args.problems, rng)
+    drawn = [data.draw_problem(cfg.data, rng) for _ in range(20 * args.problems)]
+    problems = list({problem.key: problem for problem in drawn}.values())[:args.problems]
     answers = sample_answers(for_sampling(model, cfg.sample), tok, problems, args.n, cfg,
                              args.temperature, generator, "sample")
     kept = [(problem, text) for problem, text, completion in answers
