@@ -385,7 +385,8 @@ def test_tags_are_one_token_where_the_vocabulary_shows_them_and_hidden_ones_are_
     assert tok.encode("<|im_end|>") != [tok.special["<|im_end|>"]]
     cfg = DataConfig(template="qwen", prefill_think=True)
     problem = countdown_problem((3, 7, 2), 20)
-    tokens, mask = sft_batch([(problem, "so</think>")], tok, cfg, random.Random(0), 1)
+    rows = [(data.prompt_ids(problem, tok, cfg), data.completion_ids("so</think>", tok, cfg))]
+    tokens, mask = sft_batch(rows, tok, cfg, random.Random(0), 1)
     assert tokens[mask].tolist() == [*tok.encode("so</think>"), tok.special["<|im_end|>"]]
     assert tok.special["</think>"] in tokens[mask] and tok.special["<think>"] in tokens[~mask]
 
