@@ -201,7 +201,8 @@ def blocks(results):
 
 
 def made_on(about):
-    return (f"{about['cores']} cores of an {about['cpu']}, torch {about['torch']}, fp32, commit "
+    cores = "one core" if about["cores"] == 1 else f"{about['cores']} cores"
+    return (f"{cores} of an {about['cpu']}, torch {about['torch']}, fp32, commit "
             f"{about['commit']}")
 
 
@@ -239,7 +240,7 @@ def recipe_table(stages):
                 ("wins over dev3", "win_rate", "gold", pct),
                 ("... says the judge", "win_rate", "reward_model", pct)]
     rows = []
-    for stage in [stage for stage in STAGES if stage in stages]:
+    for stage in [stage for stage in STAGES if stage in stages]:  # those that were run
         found = [(stages[stage].get(task, {}).get(key), show) for _, task, key, show in columns]
         rows.append([f"`{stage}`", *["–" if x is None else show(x) for x, show in found]])
     return table(["", *[heading for heading, *_ in columns]], rows)
@@ -247,7 +248,7 @@ def recipe_table(stages):
 
 def now_table(runs):
     head = ["run", "base pass@1 (tags left aside), pass@16", "zero pass@1", "T = 0.6", "greedy",
-            "pass@16", "cons@16", "length", "one language", "minutes"]
+            "pass@16", "cons@16", "length", "one language"]
     rows = []
     for name, run in runs.items():
         b, z = (run["stages"][stage]["countdown"] for stage in ("base", "zero"))
@@ -255,8 +256,7 @@ def now_table(runs):
         rows.append([name, f"{pct(b['pass@1'])} ({pct(b['pass@1_untagged'])}), {pct(b['pass@16'])}",
                      f"{pct(z['pass@1'])} ({low:.1f}–{high:.1f})", pct(z["pass@1_T=0.6"]),
                      pct(z["pass@1_greedy"]), pct(z["pass@16"]), pct(z["cons@16"]),
-                     f"{b['length']:.0f} → {z['length']:.0f}", pct(z["one_language"]),
-                     f"{minutes_of(run)[0]:.0f}"])
+                     f"{b['length']:.0f} → {z['length']:.0f}", pct(z["one_language"])])
     return table(head, rows)
 
 
