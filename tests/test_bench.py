@@ -3,6 +3,7 @@ import json
 
 import evidence
 import pytest
+import rollout
 import torch
 from results import evidence_rows
 from test_train import read, results, run, weights
@@ -10,7 +11,7 @@ from test_train import read, results, run, weights
 import data
 import rewards
 from grpo import Sample
-from model import Completion, generators, load_checkpoint
+from model import Completion, Linear, generators, load_checkpoint
 
 TOK = data.load_tokenizer()
 OTHERS = ["--problems=3", "--threads=1", "--device=cpu"]
@@ -179,3 +180,19 @@ def test_a_row_says_no_where_one_seed_or_task_fails():
     assert [row[2:] for row in evidence_rows(runs)] == [
         ["10.0 / 50.0 → 90.0 / 45.0", "**no**"], ["50.0 / 50.0 → 60.0 / 60.0", "yes"]]
     assert evidence_rows(runs[:1])[0][3] == "yes"
+
+
+# -------------------------------------------------------------------------------------------- speed
+
+
+def test_sampling_is_timed_beside_whatever_else_is_installed(monkeypatch, capsys):
+    monkeypatch.setattr(Linear, "onednn", False)  # the bench sets it; afterwards it is as before
+    flags = ["--rounds=1", "--shape=tiny", "--lengths=uneven", "--prompts=2", "--group=2"]
+    monkeypatch.setattr("sys.argv", ["rollout.py", *flags])
+    rollout.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = {line["who"]: line for line in lines if "who" in line}
+    assert all(0 < line["share_of_limit"][0] < 1 for line in found.values()) and "ours" in found
+    assert ("ctranslate2" in found) != any("skipped" in line for line in lines)
+    for name in found.keys() - {"ours"}:
+        assert any(f"ours_over_{name}" in line for line in lines)

@@ -6,6 +6,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 
 import torch
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 sys.path.insert(0, ROOT)
-from model import GPT, GPTConfig, hf_name  # noqa: E402
+import data  # noqa: E402
+from model import GPT, GPTConfig, Linear, hf_name, onednn_pays, save_pretrained  # noqa: E402
 
 SHAPES = {
     "tiny": dict(vocab_size=512, n_embd=128, n_layer=4, n_head=4, n_kv_head=2, head_dim=32,
@@ -45,6 +47,7 @@ def arguments(doc, rounds, **options):
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    Linear.onednn = args.device == "cpu" and onednn_pays()  # as our scripts do by default
     return args
 
 
@@ -89,6 +92,38 @@ def as_transformers(model):
         theirs.lm_head.bias = nn.Parameter(bias, requires_grad=False)
     theirs.load_state_dict(state)
     return theirs.to(model.cos.device, model.embed.weight.dtype).eval()
+
+
+def as_ctranslate2(model):
+    """The same weights in a CTranslate2 generator, fp32 on a CPU, by way of our export, and its
+    token of each id; None if that or transformers is not installed."""
+    try:
+        import ctranslate2
+        from ctranslate2.converters import TransformersConverter
+        from transformers import logging
+    except ImportError:
+        return None
+    logging.set_verbosity_error()
+
+    class Converter(TransformersConverter):
+        def load_model(self, *args, **kwargs):
+            theirs = super().load_model(*args, **kwargs)
+            theirs.lm_head.bias = model.lm_head.bias  # no Llama has one: see `end_after`
+            return theirs
+
+        def load_tokenizer(self, *args, **kwargs):
+            tokenizer = super().load_tokenizer(*args, **kwargs)
+            tokenizer.bos_token = tokenizer.eos_token  # CTranslate2 wants one; it is not used
+            return tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        data.load_tokenizer().save(folder)  # its vocabulary is filled up to the model's size
+        converted = Converter(folder).convert(os.path.join(folder, "converted"))
+        with open(os.path.join(converted, "vocabulary.json"), encoding="utf-8") as f:
+            tokens = json.load(f)
+        return ctranslate2.Generator(converted, compute_type="float32", inter_threads=1,
+                                     intra_threads=torch.get_num_threads()), tokens
 
 
 # ------------------------------------------------------------------------------------------------
@@ -168,20 +203,28 @@ def ratio(ours, theirs):
 
 
 def matmul_rate(rows, cfg, dtype, device):
-    """FLOP/s of the MLP's matrix product for `rows` rows: what this machine gives at best for such
-    a shape."""
+    """FLOP/s of the MLP's matrix product for `rows` rows, torch's own or oneDNN's: what this
+    machine gives at best for such a shape."""
     a = torch.randn(rows, cfg.n_embd, device=device, dtype=dtype)
     w = torch.randn(cfg.mlp_dim, cfg.n_embd, device=device, dtype=dtype)
-    flops = 2 * rows * cfg.n_embd * cfg.mlp_dim
-    rates = []
+    flops, rates = 2 * rows * cfg.n_embd * cfg.mlp_dim, []
     for _ in range(5):
-        t0, n = clock(device), 0
-        while clock(device) - t0 < 0.1:
-            for _ in range(20):
-                F.linear(a, w)
-            n += 20
-        rates.append(n * flops / (clock(device) - t0))
+        for product in (F.linear, onednn):
+            try:
+                product(a, w)
+            except (AttributeError, RuntimeError, NotImplementedError):  # see model.onednn_pays
+                continue
+            t0, n = clock(device), 0
+            while clock(device) - t0 < 0.1:
+                for _ in range(20):
+                    product(a, w)
+                n += 20
+            rates.append(n * flops / (clock(device) - t0))
     return max(rates)
+
+
+def onednn(a, w):
+    return torch.ops.mkldnn._linear_pointwise(a, w, None, "none", [], "")
 
 
 def copy_rate(device, floats=2**28):

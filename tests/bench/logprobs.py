@@ -3,8 +3,8 @@ backward; JSON lines.
 
     taskset -c 0 python tests/bench/logprobs.py --threads=1
 
-With transformers and trl installed, TRL's fused head does the same in turn with ours, and the ratio
-is printed.
+With transformers and trl installed, TRL does the same in turn with ours in both of its ways, from
+all logits at once and by its fused head, and the ratios are printed.
 """
 import torch
 from common import alternate, arguments, as_transformers, build, ratio, report, spread
@@ -36,8 +36,9 @@ def main():
         report(bench="logprobs", who=name, vocab=args.vocab, device=args.device,
                threads=torch.get_num_threads(), seconds=spread([r["seconds"] for r in rounds]),
                peak_mib=round(max(r["peak"] for r in rounds)))
-    if "trl, fused" in results:
-        report(bench="logprobs", ours_over_trl_fused=ratio(results["ours"], results["trl, fused"]))
+    for name in results:
+        if name.startswith("trl"):
+            report(bench="logprobs", ours_over=name, ratio=ratio(results["ours"], results[name]))
 
 
 def trl_contestants(theirs, tokens, backward):

@@ -4,8 +4,8 @@ line a case.
     taskset -c 0 python tests/bench/rollout.py --threads=1
     python tests/bench/rollout.py --shape=qwen1.5b --device=cuda --dtype=bfloat16
 
-With transformers installed its `generate` does the same work in turn with ours, and the ratio is
-printed.
+With transformers installed its `generate` does the same work in turn with ours, and so does
+CTranslate2, a C++ engine, if it is installed, too; the ratios are printed.
 """
 import torch
 from common import (
@@ -14,6 +14,7 @@ from common import (
     SHAPES,
     alternate,
     arguments,
+    as_ctranslate2,
     as_transformers,
     build,
     copy_rate,
@@ -49,6 +50,7 @@ def run(args, shape, lengths):
     prompts, generator = random_prompts(args.prompts, model.cfg), torch.Generator().manual_seed(2)
     lists, inputs = prompts.tolist(), prompts.to(args.device)
     theirs = None if args.alone else as_transformers(model)
+    case = {"bench": "rollout", "shape": shape, "lengths": lengths}
 
     def run_ours():
         out = generate(model, lists, args.group, new_tokens, stop_ids=(END,), generator=generator)
@@ -64,17 +66,37 @@ def run(args, shape, lengths):
     contestants = {"ours": run_ours}
     if theirs is not None:
         contestants["transformers"] = run_theirs
+    if not args.alone and (args.device, dtype) == ("cpu", torch.float32):
+        engine = as_ctranslate2(model)
+        if engine is None:
+            report(**case, skipped="ctranslate2 or transformers is not installed")
+        else:
+            contestants["ctranslate2"] = ctranslate2_run(*engine, lists, args.group, new_tokens)
     with torch.no_grad():
         results = alternate(contestants, args.rounds, args.device)
-    case = {"bench": "rollout", "shape": shape, "lengths": lengths}
     for name, rounds in results.items():
-        speed, work = spread(rates(rounds)), rounds[0]["work"]
-        shares = [round(share(args, cfg, dtype, work, total, rate), 3) for rate in speed]
+        speed, most = spread(rates(rounds)), limit(args, cfg, dtype, rounds[0]["work"], total)
         report(**case, who=name, dtype=args.dtype, device=args.device,
                threads=torch.get_num_threads(), tokens_per_s=speed,
-               peak_mib=round(max(r["peak"] for r in rounds)), share_of_limit=shares)
-    if theirs is not None:
-        report(**case, ours_over_transformers=ratio(results["ours"], results["transformers"]))
+               peak_mib=round(max(r["peak"] for r in rounds)),
+               share_of_limit=[round(rate / most, 3) for rate in speed])
+    for name in list(results)[1:]:
+        report(**case, **{f"ours_over_{name}": ratio(results["ours"], results[name])})
+
+
+def ctranslate2_run(generator, tokens, prompts, group, new_tokens):
+    """A function that samples with CTranslate2. Lengths come about as for the others: its head has
+    the same bias, and drops from its batch whatever has ended."""
+    prompts = [[tokens[i] for i in ids] for ids in prompts]
+
+    def run():
+        out = generator.generate_batch(
+            prompts, num_hypotheses=group, sampling_topk=0, sampling_topp=1,
+            sampling_temperature=1, max_length=new_tokens, end_token=[END], return_end_token=True,
+            include_prompt_in_result=False)
+        return sum(len(ids) for result in out for ids in result.sequences_ids)
+
+    return run
 
 
 def useful(completions):
@@ -83,18 +105,17 @@ def useful(completions):
     return int((is_end.cumsum(1) - is_end == 0).sum())
 
 
-def share(args, cfg, dtype, work, rows, rate):
-    """What `rate` tokens/s are of what the machine could do at most. CPU: the FLOPs of useful
-    tokens over the rate of a matrix product. GPU: weights and cache that each step has to read,
-    over the rate of a copy."""
+def limit(args, cfg, dtype, work, rows):
+    """Tokens a second that the machine could sample at most. CPU: the rate of a matrix product over
+    the FLOPs of a token. GPU: the rate of a copy over the weights and cache that a step reads."""
     mean_columns = PROMPT_LEN + work / rows / 2
     if args.device == "cpu":
         attention = 4 * cfg.n_layer * cfg.n_head * cfg.d_head * mean_columns
         flops = 2 * matrix_params(cfg) + attention
-        return rate * flops / matmul_rate(rows, cfg, dtype, args.device)
+        return matmul_rate(rows, cfg, dtype, args.device) / flops
     size = torch.finfo(dtype).bits // 8
     cache = rows * mean_columns * 2 * cfg.n_layer * cfg.n_kv_head * cfg.d_head
-    return (rate / rows) * (matrix_params(cfg) + cache) * size / copy_rate(args.device)
+    return rows * copy_rate(args.device) / ((matrix_params(cfg) + cache) * size)
 
 
 if __name__ == "__main__":
