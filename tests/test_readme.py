@@ -63,10 +63,10 @@ def test_the_results_file_says_on_what_and_with_which_code_it_was_made():
     for seed in (1, 2, 3):
         stages = then["runs"][f"seed {seed}"]["stages"]
         assert set(stages) == set(train.STAGES) - {"sft"}
-    for name, run in found["runs"].items():
-        assert {"base", "zero"} <= set(run["stages"]), name
+    for name, made in found["runs"].items():
+        assert {"base", "zero"} <= set(made["stages"]), name
         for task in data.REASONING if name == results.ALL else ["countdown"]:
-            assert run["stages"]["zero"][task]["samples"] == 16
+            assert made["stages"]["zero"][task]["samples"] == 16
 
 
 def test_a_claim_that_fails_for_one_seed_says_no():
