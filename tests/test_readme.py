@@ -224,5 +224,5 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, lenient):  # noqa
         else:
             steps = 3 if "--rl_steps=180" in command else 2
             train.main([*argv, *tiny, f"--rl_steps={steps}"])
-    for path in ("out/r1/eval.json", "out-hf/model.safetensors", "out3/zero_emoji/ckpt.pt"):
+    for path in ("out-all/r1/eval.json", "out-hf/model.safetensors", "out3/zero_emoji/ckpt.pt"):
         assert os.path.exists(path)
