@@ -74,8 +74,9 @@ def run(args, shape, lengths):
             contestants["ctranslate2"] = ctranslate2_run(*engine, lists, args.group, new_tokens)
     with torch.no_grad():
         results = alternate(contestants, args.rounds, args.device)
+    most = limit(args, cfg, dtype, results["ours"][0]["work"], total)
     for name, rounds in results.items():
-        speed, most = spread(rates(rounds)), limit(args, cfg, dtype, rounds[0]["work"], total)
+        speed = spread(rates(rounds))
         report(**case, who=name, dtype=args.dtype, device=args.device,
                threads=torch.get_num_threads(), tokens_per_s=speed,
                peak_mib=round(max(r["peak"] for r in rounds)),
