@@ -23,7 +23,6 @@ import data  # noqa: E402
 FILE = os.path.join(ROOT, "assets", "results.json")
 SEEDS = (1, 2, 3)
 ASK = "python sample.py --numbers=3,7,2 --target=20 --n=1"
-LATER = "r1 distill small_zero"
 STAGES = ("base", "zero", "dev1", "dev2", "dev3", "r1", "small_base", "small_zero", "distill")
 SHOWN_STEPS = (1, 5, 10, 20, 60)
 RUNS = {}  # name: the commands that make it, the first of which ends with zero
@@ -31,7 +30,7 @@ for seed in SEEDS:
     RUNS[f"seed {seed}"] = [f"python train.py --seed={seed} --threads=1 --out_dir=out{seed}"]
 ALL = "all tasks, seed 1"
 RUNS[ALL] = [f"python train.py {stages} --task=all --seed=1 --threads=1 --out_dir=out-all"
-             for stages in ("zero", LATER)]
+             for stages in ("zero", "r1", "distill small_zero")]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -191,8 +190,9 @@ def blocks(results):
            "now": now_table({name: run for name, run in runs.items() if name != ALL}),
            "claims": claims(results), "recipe": recipe_table(runs[ALL]["stages"])}
     out |= {name: f"```\n{text}\n```" for name, text in results["seen"].items()}
-    speed = results["earlier"]["speed"]["rows"]
-    out["speed"] = table(speed[0], speed[1:])
+    for name in ("speed", "speed_now"):
+        head, *rows = results["earlier"][name]["rows"]
+        out[name] = table(head, rows)
     out["smollm2"] = f"```\n{results['earlier']['smollm2']['text']}\n```"
     for name, made in (("commands", runs), ("commands_then", then["runs"])):
         commands = [command for run in made for command in made[run]["minutes"]]
@@ -321,6 +321,16 @@ def claims(results):
         ["one model learns countdown, arithmetic, logic and code by RL, each beyond what its base "
          "has right with tags left aside", recipe, f"{four('base')} → {four('zero')} %",
          lambda s: all(gains(s, task) for task in data.REASONING)],
+        ["a cold start and a language reward: 98 % or more in one language in each task", recipe,
+         f"zero {four('zero', 'one_language')}, dev2 {four('dev2', 'one_language')} %",
+         lambda s: all(s["dev2"][task]["one_language"] >= 0.98 for task in data.REASONING)],
+        ["RL for all scenarios *hacks its reward model*: preferred to dev3, yet less often right",
+         recipe,
+         f"chat right {get(recipe, 'dev3', task='chat')} → {get(recipe, 'r1', task='chat')} %, wins "
+         f"by gold reward {get(recipe, 'r1', 'gold', 'win_rate')}, says the reward model "
+         f"{get(recipe, 'r1', 'reward_model', 'win_rate')} %",
+         lambda s: s["r1"]["chat"]["pass@1"] < s["dev3"]["chat"]["pass@1"]
+         and 0.5 < s["r1"]["win_rate"]["gold"] < s["r1"]["win_rate"]["reward_model"]],
     ]
     head = ["claim", "runs", "measured", "holds in each"]
     seeds = "seeds " + " / ".join(name.split(" ")[1] for name in toy)
