@@ -326,8 +326,8 @@ def claims(results):
          lambda s: all(s["dev2"][task]["one_language"] >= 0.98 for task in data.REASONING)],
         ["RL for all scenarios *hacks its reward model*: preferred to dev3, yet less often right",
          recipe,
-         f"chat right {get(recipe, 'dev3', task='chat')} → {get(recipe, 'r1', task='chat')} %, wins "
-         f"by gold reward {get(recipe, 'r1', 'gold', 'win_rate')}, says the reward model "
+         f"chat right {get(recipe, 'dev3', task='chat')} → {get(recipe, 'r1', task='chat')} %, "
+         f"wins by gold reward {get(recipe, 'r1', 'gold', 'win_rate')}, says the reward model "
          f"{get(recipe, 'r1', 'reward_model', 'win_rate')} %",
          lambda s: s["r1"]["chat"]["pass@1"] < s["dev3"]["chat"]["pass@1"]
          and 0.5 < s["r1"]["win_rate"]["gold"] < s["r1"]["win_rate"]["reward_model"]],
