@@ -333,7 +333,7 @@ def claims(results):
          and 0.5 < s["r1"]["win_rate"]["gold"] < s["r1"]["win_rate"]["reward_model"]],
     ]
     head = ["claim", "runs", "measured", "holds in each"]
-    seeds = "seeds " + " / ".join(name.split(" ")[1] for name in toy)
+    seeds = "seed " + " / ".join(name.split(" ")[1] for name in toy)
     shown = [[claim, seeds if of is toy else ALL, figures,
               "yes" if all(check(stages) for stages in of.values()) else "**no**"]
              for claim, of, figures, check in rows]
