@@ -306,8 +306,11 @@ def test_a_process_killed_at_random_moments_ends_as_if_it_had_not_been():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_GPU)])
 def test_the_bench_for_gpus_finds_nothing_wrong(device, capsys):
     import gpu
-    assert gpu.is_right(SimpleNamespace(device=device), device == "cuda")
-    assert '"same_samples": "32/32"' in capsys.readouterr().out
+    args = SimpleNamespace(device=device, prompts=2, group=2, new=8, micro_tokens=512)
+    assert gpu.is_right(args, device == "cuda")
+    gpu.step(args, "tiny", device == "cuda")
+    out = capsys.readouterr().out
+    assert '"same_samples": "32/32"' in out and '"foretold_gib"' in out
 
 
 def test_more_rl_steps_go_on_from_a_finished_run(finished, tmp_path):
