@@ -27,7 +27,7 @@ LARGEST = 99  # the toy world counts with 0..99, one token each
 @dataclass
 class DataConfig:
     task: str = opt("countdown", "what RL trains on and most of the corpus is about: countdown, "
-                    "arithmetic, logic, code, or all: these four alike")
+                    "arithmetic, logic, code, or all: the four of them")
     mix: str = opt("", "training tasks and their shares, such as task:2,chat:1, where task stands "
                    "for what --task says; none = that alone")
     n_numbers: int = opt(3, "numbers in a problem", least=2, most=4)
@@ -839,7 +839,7 @@ def messages_of(entry):
 
 def answers_in(messages, tok, cfg):
     """(prompt ids, completion ids) of every answer in a chat. The users' texts go into cfg's
-    template, to whose system message others give way."""
+    template, whose system message replaces theirs."""
     _, turn, end = TEMPLATES[cfg.template]
     ids, rows = [], []
     for role, text in [(message["role"], message["content"]) for message in messages]:

@@ -298,13 +298,15 @@ def evaluate(model, tok, problems, k, cfg, temperature):
 
 def evaluate_tasks(model, tok, cfg, folder):
     """Held-out problems of cfg.data.tasks(), sampled at the training temperature, at the paper's
-    0.6 and greedily, into FOLDER/eval.json and samples.jsonl. A toy model is asked a twentieth as
-    many of every other task as well."""
+    0.6 and greedily, into FOLDER/eval.json and samples.jsonl. A toy model is asked 100 general
+    requests of each kind, and a twentieth as many problems of every other task, as well."""
     main, k, n = cfg.data.tasks(), cfg.sample.eval_samples, cfg.data.eval_problems
     results, samples, tasks = read_results(folder), [], dict.fromkeys(main, n)
     model = for_sampling(model, cfg.sample)
     if not (cfg.sample.init_from or cfg.data.data):
-        tasks |= {task: max(1, n // 20) for task in data.TASKS if task not in (*main, "file")}
+        others = [task for task in data.TASKS if task not in (*main, "file")]
+        tasks |= {task: min(n, 100) if task in data.GENERAL else max(1, n // 20)
+                  for task in others}
     for task, n in tasks.items():
         problems = data.eval_problems(cfg.data, n, task)
         results[task], found = evaluate(model, tok, problems, k, cfg, cfg.grpo.temperature)

@@ -107,7 +107,10 @@ def test_the_main_task_is_sampled_at_both_temperatures_and_greedily_and_others_o
                                               "pass@1_greedy": 3}
     others = [ask for ask in asked if ask[0] != "countdown"]
     assert {ask[0] for ask in others} == set(data.TASKS) - {"countdown", "file"}
-    assert {ask[1:] for ask in others} == {(1, 3, 0.9)} and len(others) == 5
+    requests = [ask for ask in others if ask[0] in data.GENERAL]
+    assert [ask[1:] for ask in requests] == [(20, 3, 0.9)] * 2  # 100, or as many as of the main
+    assert {ask[1:] for ask in others if ask not in requests} == {(1, 3, 0.9)}
+    assert len(others) == 5
 
 
 def test_thinking_and_second_attempts_are_counted(monkeypatch):
@@ -410,7 +413,8 @@ def test_right_completions_become_traces(finished, tmp_path, monkeypatch, capsys
     tok, cfg = data.load_tokenizer(), data.DataConfig(task="arithmetic")
     for prompt, said in data.read_traces(str(path), tok, cfg):
         question, answer = tok.decode(prompt), tok.decode(said)
-        right.append(eval(question.split("what is ")[1].split("\n")[0]) == int(answer[8:-9]))
+        asked = question.split("what is ")[1].split("\n")[0]
+        right.append(rewards.parse_expression(asked)[0] == int(answer[8:-9]))
     assert right == [True] * 5
     argv = [f"--ckpt={finished / 'zero' / 'ckpt.pt'}", "--only_right"]
     assert "--to" in refusal(sample.main, argv, capsys)
