@@ -9,8 +9,10 @@ The words:
     reward       one number that says how good a completion is; rules compute it, and in r1 also a
                  reward model
     advantage    how much better a completion is than the average of its group
-    reference    a frozen copy of the policy from before RL
-    KL           how far the policy has moved away from the reference (Kullback-Leibler divergence)
+    reference    a frozen copy of the policy from before RL (or of later: `ref_every`)
+    KL           how far the policy has moved away from the reference (Kullback-Leibler divergence);
+                 its weight in the loss is beta
+    ratio        of a token's probability now to that when it was sampled; clipped near 1
 
 Why it works. RL wants a higher expected reward. The reward itself has no gradient: it is made of
 sampled text. But with pi(o) the policy's probability of a completion o, the product of those
@@ -150,7 +152,8 @@ def train_grpo(policy, ref, env, run, cfg):
         sync_weights(sampler, policy)
 
         sampled, groups = [], []  # all groups of this step, and those that it learns from
-        # Once by default. Dynamic sampling drops groups that teach nothing and draws others.
+        # Once by default. Dynamic sampling drops groups that teach nothing and draws others; those
+        # of the last round stay.
         for _ in range(1 + cfg.dynamic_sampling):
             groups = [group for group in groups if any(sample.adv for sample in group)]
             if len(groups) == P:
@@ -205,6 +208,9 @@ def group_advantages(rewards, adv_norm="std"):
 
 # ------------------------------------------------------------------------------------------------
 # The update
+
+
+MEANS = ("ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy")  # over tokens, in `grpo_loss`
 
 
 def update_policy(policy, ref, optimizers, groups, cfg, generator):
@@ -277,9 +283,6 @@ def token_weights(n_tokens, N, cfg):
     if cfg.loss_norm == "constant":
         return torch.ones_like(n_tokens) / (N * cfg.max_new_tokens)
     return 1 / n_tokens.clamp(min=1) / N
-
-
-MEANS = ("ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy")  # over tokens, in `grpo_loss`
 
 
 def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):

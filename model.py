@@ -437,10 +437,10 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
              generator=None, find_end=None, share_prefix=True, drop_rows=True, static=None):
     """Samples `group_size` completions of each prompt (lists of ids) from the whole softmax ->
     Completions, number i of prompt i // group_size. Raises UserError if a prompt does not fit.
-    One ends with one of `stop_ids`, or at a length that find_end(its ids) returns, if not 0.
+    A completion ends with a stop id, or after find_end(its ids) tokens if that is not 0.
 
     Row i draws the same random numbers whatever the other rows do: `share_prefix`, `drop_rows` and
-    `static` (CUDA graphs; None = on CUDA) save time and change no sample."""
+    `static` (CUDA graphs; None = on CUDA) save time and change no sample but by rounding."""
     if not share_prefix:
         prompts, group_size = [prompt for prompt in prompts for _ in range(group_size)], 1
     lens, context = [len(prompt) for prompt in prompts], model.cfg.context
@@ -487,7 +487,8 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
             alive = (~stopped).nonzero()[:, 0]
             if len(alive) == 0:
                 break
-            # Copying what is left costs about one step; a graph costs several to capture.
+            # Rows that ended go on sampling, to be cut off below, until they are dropped: to copy
+            # the others costs about one step, to capture a graph several.
             if drop_rows and len(alive) < (0.5 if decoder else 0.9) * len(rows):
                 rows, token, stopped = rows[alive], token[alive], stopped[alive]
                 visible = visible[alive] if visible is not None else None

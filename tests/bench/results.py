@@ -313,23 +313,27 @@ def claims(results):
          f"tokens",
          lambda s: s["zero"]["countdown"]["length"] >= 1.8 * s["base"]["countdown"]["length"]],
         ["a majority vote of 16 beats the 95 % interval of single samples", toy,
-         f"cons@16 {get(toy, 'zero', 'cons@16')}",
+         f"cons@16 {get(toy, 'zero', 'cons@16')}, interval up to "
+         f"{by_seed([s['zero']['countdown']['pass@1_ci'][1] for s in toy.values()])}",
          lambda s: s["zero"]["countdown"]["cons@16"] > s["zero"]["countdown"]["pass@1_ci"][1]],
         ["R1-Zero mixes languages: under 90 % of words are the prompts'", toy,
          f"{get(toy, 'zero', 'one_language')} in one language",
          lambda s: s["zero"]["countdown"]["one_language"] < 0.9],
         ["one model learns countdown, arithmetic, logic and code by RL, each beyond what its base "
-         "has right with tags left aside", recipe, f"{four('base')} → {four('zero')} %",
+         "has right with tags left aside", recipe,
+         f"{four('base')}, tags left aside {four('base', 'pass@1_untagged')} → {four('zero')} %",
          lambda s: all(gains(s, task) for task in data.REASONING)],
         ["a cold start and a language reward: 98 % or more in one language in each task", recipe,
          f"zero {four('zero', 'one_language')}, dev2 {four('dev2', 'one_language')} %",
          lambda s: all(s["dev2"][task]["one_language"] >= 0.98 for task in data.REASONING)],
-        ["RL for all scenarios *hacks its reward model*: preferred to dev3, yet less often right",
+        ["RL for all scenarios *hacks its reward model*: preferred to dev3, more so by the model "
+         "than by gold reward, and less often right, on countdown as well",
          recipe,
          f"chat right {get(recipe, 'dev3', task='chat')} → {get(recipe, 'r1', task='chat')} %, "
          f"wins by gold reward {get(recipe, 'r1', 'gold', 'win_rate')}, says the reward model "
          f"{get(recipe, 'r1', 'reward_model', 'win_rate')} %",
-         lambda s: s["r1"]["chat"]["pass@1"] < s["dev3"]["chat"]["pass@1"]
+         lambda s: all(s["r1"][task]["pass@1"] < s["dev3"][task]["pass@1"]
+                       for task in ("chat", "countdown"))
          and 0.5 < s["r1"]["win_rate"]["gold"] < s["r1"]["win_rate"]["reward_model"]],
     ]
     head = ["claim", "runs", "measured", "holds in each"]
@@ -444,7 +448,8 @@ def ends(key, curve):
 
 
 EVIDENCE = [  # command, claim, its figures, its check of a run and a task: as strong as the words
-    ("shuffle", "random reward: pass@1 does not rise, or by so little that 95 % intervals overlap",
+    ("shuffle", "rewards shuffled within each group: pass@1 does not rise, or by so little that "
+     "95 % intervals overlap",
      change("shuffled"),
      lambda run, t: run["shuffled"][t]["pass@1_ci"][0] <= run["base"][t]["pass@1_ci"][1]),
     ("alone", "format reward alone: tags in 95 %, and with tags left aside at most 5 points gained",
