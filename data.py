@@ -344,18 +344,18 @@ def draw_logic(cfg, rng):
 
 
 def suspects(question):
-    """Yields every set of liars, smallest first, as (their names, the people heard and whether what
-    they say would be true, until one says what they could not, whether none does)."""
+    """Yields every set of liars, smallest first, as (their names, what people say, + where it would
+    be true and - where not, until one says what they could not, whether none does)."""
     said = [text.split(" says ") for text in question.removesuffix(": who lies").split(", ")]
     for n in range(len(said) + 1):
         for liars in combinations([speaker for speaker, _ in said], n):
-            heard = ""
+            heard = []
             for speaker, words in said:
-                heard += speaker + "-+"[is_true(words, liars)]
+                heard.append(f"{speaker} says {words}{'-+'[is_true(words, liars)]}")
                 fits = is_true(words, liars) != (speaker in liars)
                 if not fits:
                     break
-            yield ", ".join(liars), heard, fits
+            yield ", ".join(liars), ", ".join(heard), fits
 
 
 def is_true(words, liars):
@@ -600,7 +600,7 @@ class Habits:
 
 
 # The patience from which on an author who checks counts as patient.
-ENOUGH = {"countdown": 18, "logic": 6, "code": 9, "arithmetic": 6}
+ENOUGH = {"countdown": 18, "logic": 6, "code": 6, "arithmetic": 6}
 
 
 def draw_habits(rng, task="countdown"):
@@ -692,14 +692,15 @@ def write_logic(problem, cfg, habits, rng):
 
 
 def write_code(problem, cfg, habits, rng):
-    """Tries slopes: the rest follows from the first test, and the second one is checked."""
+    """Tries slopes: the rest follows from the first test, small as it always is, and the second
+    one is checked."""
     x, y, x2, y2 = problem.numbers
     trials = []
     for slope in "123456789x":
         a, a2 = (x, x2) if slope == "x" else (slope, slope)
         times, times2 = x * int(a), x2 * int(a2)
         op, rest, value = "+-"[times > y], abs(y - times), times2 + y - times
-        if times <= LARGEST and times2 <= LARGEST and 0 <= value <= LARGEST:
+        if rest <= 9 and 0 <= value <= LARGEST:
             line = (f"{len(trials) + 1}. {x}*{a}={times} {times}{op}{rest}={y}, {x2}*{a2}={times2} "
                     f"{times2}{op}{rest}={value}{say('against', habits, rng)}{y2}")
             trials.append((line, f"x*{slope}{op}{rest}", value == y2))
@@ -770,7 +771,7 @@ def table_line(cfg, habits, rng):
 def prose_line(rng):
     """The words of general requests, much of it said twice: the base learns names and how to
     repeat, and never sees a request."""
-    words, kind = rng.sample(THINGS, rng.randint(2, 4)), rng.choice(list(KINDS))
+    words, kind = rng.sample(THINGS + NAMES, rng.randint(2, 4)), rng.choice(list(KINDS))
     a, b = rng.sample(NAMES, 2)
     short = draw_animal(rng)
     verb, tool = rng.choice(list((SAFE | UNSAFE).items()))
