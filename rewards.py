@@ -497,10 +497,11 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.value.weight)
 
     def forward(self, tokens, lengths):
-        """Right-padded ids (N, T), lengths (N,) -> scores (N,), fp32, read at each text's last
-        token."""
-        last = self.gpt.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]
-        return (last.float() * self.value.weight).sum(dim=1)
+        """Right-padded ids (N, T), lengths (N,) -> scores (N,), fp32. Every token counts, so that
+        a wrong word is learnt where it stands; the prompt's count the same in both of a pair."""
+        scores = (self.gpt.hidden(tokens).float() * self.value.weight).sum(dim=2)
+        written = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        return (scores * written).sum(dim=1)
 
     @torch.no_grad()
     def score(self, tok, prompts, texts):

@@ -518,11 +518,11 @@ def fine_tune(run, rows):
 
 def source_samples(run, tasks=None, held_out=False):
     """(problems, for each a list of what the source stage answers); of the given tasks, or as the
-    stage draws them."""
-    cfg, k = run.cfg, run.cfg.train.source_samples
+    stage draws them. A fifth as many problems are held out."""
+    cfg, k, n = run.cfg, run.cfg.train.source_samples, run.cfg.train.source_problems
     rng, generator = generators(run.seed, run.name, "source", *["held out"] * held_out)
     problems = []
-    for _ in range(cfg.train.source_problems):
+    for _ in range(-(-n // 5) if held_out else n):
         task = rng.choice(tasks) if tasks else None
         problems.append(data.draw_problem(cfg.data, rng, task, held_out))
     model = sample.for_sampling(run.load(run.stage.source), cfg.sample)
@@ -562,11 +562,14 @@ def train_reward_model(run):
 
 
 def with_a_slip(text, rng):
-    """The completion with one word of its answer exchanged, doubled or left out."""
+    """The completion with one word of its answer exchanged for its like, doubled or left out."""
     answer = rewards.split_completion(text)[1] or ""
     words = answer.split(" ")
     i = rng.randrange(len(words))
-    words[i:i + 1] = rng.choice([[rng.choice(data.THINGS + data.NAMES)], 2 * words[i:i + 1], []])
+    word = words[i].strip(",")
+    kinds = [kind for kind in (data.NAMES, list("12345")) if word in kind] or [data.THINGS]
+    other = words[i].replace(word, rng.choice(kinds[0])) if word else ""
+    words[i:i + 1] = rng.choice([[other], [other], 2 * words[i:i + 1], []])
     return text.replace(f"<answer>{answer}<", f"<answer>{' '.join(words)}<")
 
 
@@ -575,12 +578,12 @@ def annotate(run, held_out):
     problems, texts = source_samples(run, data.GENERAL, held_out)
     rng, _ = generators(run.seed, run.name, "annotators", held_out)
     # What the policy will not show by itself, the judge must see: of eight answers one is to a
-    # similar request, and one is its neighbour with a slip.
+    # similar request, and two are their neighbours with a slip.
     order = sorted(range(len(problems)), key=lambda i: problems[i].question)
     strays = {i: texts[j][1::8] for i, j in zip(order, order[1:] + order[:1], strict=True)}
     for i, said in enumerate(texts):
         said[1::8] = strays[i]
-        for a in range(3, len(said), 8):
+        for a in range(3, len(said), 4):
             said[a] = with_a_slip(said[a - 1], rng)
     answers = [[rewards.split_completion(text)[1] for text in said] for said in texts]
     pairs = []
@@ -621,6 +624,8 @@ class Stage:
 
 SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "mlp_dim": 128}
 SHORT_RL = {"rl_steps": 30}
+ALL_SCENARIOS = {"mix": "task:2,chat:1,unsafe:1", "w_language": 0.5, "w_preference": 0.5,
+                 "w_harmless": 1.0}
 STAGES = {  # in the paper's order: whatever a stage needs is above it
     "base": Stage(train_base, "base", None, None, {}),
     "sft": Stage(train_traces, "sft", "base", None, {}),
@@ -631,18 +636,19 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it
         "source_problems": 1600, "source_samples": 2, "general_replies": 3000, "sft_steps": 500,
         "sft_lr": 2e-3, "sft_rows": 32}),
     "reward_model": Stage(train_reward_model, "pairs", "dev3", "dev3", {
-        "source_problems": 1500, "sft_steps": 300, "sft_rows": 32}),
+        "source_problems": 3000, "sft_steps": 800, "sft_rows": 32}),
     "r1": Stage(train_rl, "rl", "dev3", "reward_model", {
-        "mix": "task:2,chat:1,unsafe:1", "w_language": 0.5, "w_preference": 0.5, "w_harmless": 1.0,
-        **SHORT_RL}),
+        **ALL_SCENARIOS, "rl_steps": 12, "rl_lr": 1e-4, "adv_norm": "none"}),
     "small_base": Stage(train_base, "base", None, None, SMALL),
     "distill": Stage(train_distill, "sft", "small_base", "r1", {
         **SMALL, "mix": "task:4,chat:1,unsafe:1", "source_problems": 2400, "source_samples": 1,
         "sft_steps": 600, "sft_lr": 2e-3, "sft_rows": 32}),
     "small_zero": Stage(train_rl, "rl", "small_base", None, SMALL),
-    # Two experiments: no language reward, and an emoji at the end of each line. The latter does not
-    # divide by the std: in a group that is all right, a missing emoji would weigh like an error.
+    # Experiments: no language reward; a judge that is trusted too far; an emoji at the end of each
+    # line. This, like r1, does not divide by the std: in a group that is all right a missing emoji
+    # would weigh like an error, and of a judge's scores, which never tie, the noise.
     "dev2_free": Stage(train_rl, "rl", "dev1", None, SHORT_RL),
+    "r1_hacked": Stage(train_rl, "rl", "dev3", "reward_model", {**ALL_SCENARIOS, **SHORT_RL}),
     "zero_emoji": Stage(train_rl, "rl", "base", None, {
         "w_emoji": 0.2, "adv_norm": "none"}),
 }

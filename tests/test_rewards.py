@@ -579,7 +579,7 @@ def judge():
     return model
 
 
-def test_a_score_is_read_at_the_last_token_and_padding_does_not_matter(tiny):
+def test_every_token_adds_to_a_score_but_padding_does_not(tiny):
     model = reward_model(tiny)
     tokens = torch.randint(0, 40, (3, 9))
     lengths = torch.tensor([9, 4, 6])
@@ -588,6 +588,9 @@ def test_a_score_is_read_at_the_last_token_and_padding_does_not_matter(tiny):
     for i, n in enumerate(lengths.tolist()):
         alone = model(tokens[i:i + 1, :n], torch.tensor([n]))
         assert torch.allclose(scores[i], alone[0], atol=1e-5)
+        added = model(tokens[i:i + 1].repeat(n, 1), torch.arange(1, n + 1)).diff()
+        by_hand = (tiny.trunk(tokens[i:i + 1, :n])[0, 1:] @ model.value.weight[0])
+        assert torch.allclose(added, by_hand, atol=1e-5)
     tokens[1, 4:] = 7
     assert torch.allclose(scores, model(tokens, lengths), atol=1e-5)
 

@@ -679,7 +679,7 @@ def whole(finished, tmp_path_factory):
     """All stages of the table in one folder, with what they printed in printed.txt."""
     out, printed = tmp_path_factory.mktemp("whole") / "out", io.StringIO()
     shutil.copytree(finished / "base", out / "base")
-    stages = ["zero", "r1", "distill", "small_zero", "dev2_free", "zero_emoji"]
+    stages = ["zero", "r1", "distill", "small_zero", "dev2_free", "r1_hacked", "zero_emoji"]
     with pytest.MonkeyPatch.context() as monkeypatch, redirect_stdout(printed):
         pass_everything(monkeypatch)
         run(out, *stages, tiny=PIPELINE)
@@ -722,6 +722,23 @@ def test_a_reward_model_learns_from_some_pairs_and_is_tested_on_others(whole):
     assert result["train"] + result["held_out"] == len(pairs) and result["train"] > 0
     assert result["held_out"] == sum(pair["held_out"] for pair in pairs) > 0
     assert 0 <= result["accuracy"] <= 1 and 0 <= result["gold_accuracy"] <= 1
+
+
+def test_a_fifth_as_many_requests_are_held_out_for_the_judge(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Run, "load", lambda run, stage: None)
+    monkeypatch.setattr(sample, "for_sampling", lambda model, cfg: model)
+    monkeypatch.setattr(sample, "sample_answers", lambda *args: [])
+    given = {"out_dir": str(tmp_path), "source_problems": 12}
+    held_out, learnt = (train.source_samples(train.Run("reward_model", given), data.GENERAL, part)[0]
+                        for part in (True, False))
+    assert (len(held_out), len(learnt)) == (3, 12)
+
+
+def test_the_hacked_run_differs_from_r1_in_step_size_steps_and_division_alone():
+    r1, hacked = ({**train.Config().settings(), **train.STAGES[name].settings}
+                  for name in ("r1", "r1_hacked"))
+    differ = {key for key in r1 if r1[key] != hacked[key]}
+    assert differ == {"rl_lr", "rl_steps", "adv_norm"} and hacked["adv_norm"] == "std"
 
 
 def test_a_slip_changes_one_word_of_the_answer_and_nothing_else():
