@@ -729,7 +729,8 @@ def test_a_fifth_as_many_requests_are_held_out_for_the_judge(tmp_path, monkeypat
     monkeypatch.setattr(sample, "for_sampling", lambda model, cfg: model)
     monkeypatch.setattr(sample, "sample_answers", lambda *args: [])
     given = {"out_dir": str(tmp_path), "source_problems": 12}
-    held_out, learnt = (train.source_samples(train.Run("reward_model", given), data.GENERAL, part)[0]
+    judge = train.Run("reward_model", given)
+    held_out, learnt = (train.source_samples(judge, data.GENERAL, part)[0]
                         for part in (True, False))
     assert (len(held_out), len(learnt)) == (3, 12)
 
