@@ -561,16 +561,17 @@ def train_reward_model(run):
     return supervise(run, model, batch, cfg.train.sft_lr, pair_loss)
 
 
-def with_a_slip(text, rng):
-    """The completion with one word of its answer exchanged for its like, doubled or left out."""
-    answer = rewards.split_completion(text)[1] or ""
-    words = answer.split(" ")
-    i = rng.randrange(len(words))
-    word = words[i].strip(",")
-    kinds = [kind for kind in (data.NAMES, list("12345")) if word in kind] or [data.THINGS]
-    other = words[i].replace(word, rng.choice(kinds[0])) if word else ""
-    words[i:i + 1] = rng.choice([[other], [other], 2 * words[i:i + 1], []])
-    return text.replace(f"<answer>{answer}<", f"<answer>{' '.join(words)}<")
+def with_a_slip(text, tok, rng):
+    """The completion with one token of its answer exchanged for its like, doubled or left out."""
+    answer = rewards.split_completion(text)[1]
+    if not answer:
+        return text
+    pieces = [tok.decode([id]) for id in tok.encode(answer)]
+    i = rng.randrange(len(pieces))
+    kinds = [kind for kind in (data.NAMES, "12345") if pieces[i] in kind] or [data.THINGS]
+    other = [rng.choice(kinds[0])]
+    pieces[i:i + 1] = rng.choice([other, other, 2 * pieces[i:i + 1], []])
+    return text.replace(f"<answer>{answer}<", f"<answer>{''.join(pieces)}<")
 
 
 def annotate(run, held_out):
@@ -584,7 +585,7 @@ def annotate(run, held_out):
     for i, said in enumerate(texts):
         said[1::8] = strays[i]
         for a in range(3, len(said), 4):
-            said[a] = with_a_slip(said[a - 1], rng)
+            said[a] = with_a_slip(said[a - 1], run.tok, rng)
     answers = [[rewards.split_completion(text)[1] for text in said] for said in texts]
     pairs = []
     for i, a, b in rewards.preference_pairs(problems, answers, rng, run.cfg.train.label_noise):

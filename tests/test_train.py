@@ -742,17 +742,22 @@ def test_the_hacked_run_differs_from_r1_in_step_size_steps_and_division_alone():
     assert differ == {"rl_lr", "rl_steps", "adv_norm"} and hacked["adv_norm"] == "std"
 
 
-def test_a_slip_changes_one_word_of_the_answer_and_nothing_else():
-    text, rng = "<think>\n</think>\n<answer>hello Ann and Bob</answer>", random.Random(0)
-    said = {train.with_a_slip(text, rng) for _ in range(200)}
-    assert "<think>\n</think>\n<answer>hello Ann Bob</answer>" in said
-    assert "<think>\n</think>\n<answer>hello Ann Ann and Bob</answer>" in said
-    assert any(other.startswith("<think>\n</think>\n<answer>hello") and "Cleo" in other
-               for other in said)
+def test_a_slip_changes_one_token_of_the_answer_and_nothing_else():
+    tok = data.load_tokenizer()
+    text, rng = "<think>\n</think>\n<answer>of course, hello Ann and Bob</answer>", random.Random(0)
+    said = {train.with_a_slip(text, tok, rng) for _ in range(400)}
+    for answer in ("of course, hello Ann Bob", "of course, hello AnnAnn and Bob",
+                   "of course, of course, hello Ann and Bob", "hello Ann and Bob"):
+        want = f"<answer>{answer}</answer>".replace("Ann Bob", "AnnBob")
+        assert f"<think>\n</think>\n{want}" in said, answer
+    assert any("hello Cleo and Bob" in other for other in said)  # a name for a name
     problem = data.Problem("chat", "greet Ann and Bob", (), "hello Ann and Bob")
     answers = [rewards.split_completion(other)[1] for other in said - {text}]
-    assert len(answers) > 20 and not any(rewards.verify_reply(problem, a)[1] for a in answers)
-    assert train.with_a_slip("no tags", rng) == "no tags"
+    right = {a for a in answers if rewards.verify_reply(problem, a)[1]}
+    assert len(answers) > 20 and right == {"hello Ann and Bob"}  # less friendly, but right
+    assert train.with_a_slip("no tags", tok, rng) == "no tags"
+    empty = "<think>\n</think>\n<answer></answer>"
+    assert train.with_a_slip(empty, tok, rng) == empty
 
 
 @pytest.mark.parametrize("stage", LATER)
