@@ -733,7 +733,7 @@ def tagged(lines, answer):
 def document(cfg, rng):
     """(prompt, text): a table of sums, a page of prose, or somebody's attempt at a problem."""
     if cfg.task == "all":
-        kinds, shares = [*REASONING, "prose", "table"], [0.28, 0.14, 0.20, 0.22, 0.05, 0.11]
+        kinds, shares = [*REASONING, "prose", "table"], [0.32, 0.15, 0.14, 0.22, 0.06, 0.11]
     else:
         others = [task for task in TASKS if task != cfg.task and TASKS[task].in_corpus]
         kinds = [cfg.task, rng.choice(others), "prose", "table"]
