@@ -159,12 +159,12 @@ class Linear(nn.Linear):
     onednn = False
 
     def forward(self, x):
-        plain = x.dtype != torch.float32 or not x.is_cpu or x.numel() < 128 * x.shape[-1]
-        plain |= torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        if plain or not self.onednn:
-            return super().forward(x)
-        y = OneDNN.apply(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        large = self.onednn and x.numel() >= 128 * x.shape[-1]
+        if large and x.is_cpu and x.dtype == torch.float32 and not (
+                torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
+            y = OneDNN.apply(x, self.weight)
+            return y if self.bias is None else y + self.bias
+        return super().forward(x)
 
 
 class LoRA(Linear):
