@@ -802,7 +802,7 @@ TASKS = {
     "file": Task(draw_from_file, in_corpus=False),
 }
 REASONING = ("countdown", "arithmetic", "logic", "code")  # --task=all
-GENERAL = ("chat", "unsafe")  # rewarded by preferences, not by rules
+GENERAL = ("chat", "unsafe")  # the reward model judges these; of the rules only some do
 
 
 def corpus_batch(cfg, tok, rng, rows, length):

@@ -6,13 +6,14 @@ The words:
     completion   what it samples after a prompt, token by token, up to its end token
     rollout      sampling completions from the policy as it is now; also the completions it yields
     group        the G completions of one problem's prompt
-    reward       one number that says how good a completion is; rules compute it, and in r1 also a
-                 reward model
+    reward       one number that says how good a completion is; rules compute it (in the stage r1
+                 a trained reward model as well)
     advantage    how much better a completion is than the average of its group
-    reference    a frozen copy of the policy from before RL (or of later: `ref_every`)
+    reference    a frozen copy of the policy from before RL (`ref_every` renews it)
     KL           how far the policy has moved away from the reference (Kullback-Leibler divergence);
                  its weight in the loss is beta
-    ratio        of a token's probability now to that when it was sampled; clipped near 1
+    ratio        a token's probability now, divided by that when it was sampled; the loss clips it
+                 to 1 - eps ... 1 + eps
 
 Why it works. RL wants a higher expected reward. The reward itself has no gradient: it is made of
 sampled text. But with pi(o) the policy's probability of a completion o, the product of those
@@ -20,10 +21,10 @@ of its tokens, the gradient of the expectation can be estimated from samples:
 
     grad E[r] = grad sum_o pi(o) r(o) = sum_o pi(o) r(o) grad log pi(o) = E[r(o) grad log pi(o)]
 
-So sample, and push each sample's log-probs up in proportion to its reward. A baseline that does
-not depend on the sample can be subtracted from the reward: the expectation stays, and the noise
-becomes less. PPO, the usual algorithm before it, trains a second network to guess a baseline; GRPO
-takes the mean of the group.
+So sample, and push each sample's log-probs up in proportion to its reward. Any baseline b that does
+not depend on the sample may be subtracted from the reward: E[b grad log pi] = b grad sum_o pi(o) =
+0, so the mean gradient stays, and its noise becomes less. PPO, the usual algorithm before it,
+trains a second network to guess a baseline; GRPO takes the mean of the group.
 
 For every problem q sample o_1 ... o_G from the policy as it is now, pi_old, and reward them with
 r_1 ... r_G. All tokens o_t of a completion have its advantage A. Then
@@ -35,11 +36,11 @@ r_1 ... r_G. All tokens o_t of a completion have its advantage A. Then
     loss  = mean over completions of the mean over their tokens of  L_t + beta kl_t           (5)
 
 Where pi = pi_old the gradient of rho_t is that of log pi, so (3) has the form of the identity
-above. It is not exactly grad E[r]: the mean holds r itself, dividing by the std weights problems
-unequally, and the mean over a completion's own tokens weights completions unequally (Dr. GRPO,
-arXiv 2503.20783, does without the last two). The clip stops pushing a token once its ratio has
-moved by eps in the direction that A asks for. beta keeps the policy near the reference while it
-chases the reward.
+above. It is not exactly grad E[r]: the mean of the group includes r itself, dividing by the std
+weights problems unequally, and the mean over a completion's own tokens weights completions
+unequally (Dr. GRPO, arXiv 2503.20783, does without the last two). The clip stops pushing a token
+once its ratio has moved by eps in the direction that A asks for. beta keeps the policy near the
+reference while it chases the reward.
 
 Read on in the order in which the code runs: settings, `train_grpo` (the loop), then what it calls:
 `group_advantages` (1), `update_policy`, `grpo_loss` (2)-(5). Token ids only: `env`, which train.py
@@ -138,7 +139,8 @@ class Sample(Completion):
 def train_grpo(policy, ref, env, run, cfg):
     """Trains `policy` in place. `ref` is the reference, None if cfg.kl_coef is 0. `env` has
     draw(rng) -> (problem, its prompt's ids), decode(ids) -> text, reward(samples) -> (rewards, a
-    dict of parts for each), stop_ids and find_end. `run` resumes, logs, evaluates and saves."""
+    dict of parts for each), and what ends a completion: stop_ids, and find_end as `generate` wants
+    it. `run` resumes, logs, evaluates and saves."""
     P, G = cfg.prompts_per_step, cfg.group_size
     optimizers = make_optimizers(policy, cfg.rl_lr, cfg.rl_optimizer)
     start = run.resume(policy, optimizers, ref)
@@ -261,9 +263,9 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
 
 
 def collate(samples, device):
-    """N samples as right-padded tensors: tokens (N, T); for the T-1 tokens that the model
-    predicts, tokens[:, 1:], the mask of the completions' (end tokens included: stopping is learnt,
-    too) and the log-probs that they were sampled with, both (N, T-1); advantages (N,)."""
+    """N samples, right-padded -> tokens (N, T); mask (N, T-1) of those of tokens[:, 1:] that belong
+    to a completion (its end token, too: stopping is learnt); the log-probs (N, T-1) that these were
+    sampled with; advantages (N,)."""
     tokens = pad_sequence([torch.tensor(s.prompt + s.ids) for s in samples], batch_first=True)
     starts = torch.tensor([len(s.prompt) for s in samples])[:, None]
     ends = torch.tensor([len(s) for s in samples])[:, None]
@@ -295,11 +297,11 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
         weights = token_weights(mask.sum(dim=1), len(mask), cfg)
     weights = (weights.to(mask.device)[:, None] * mask).to(logp.dtype)  # (N, T)
 
-    # (2) With one optimiser step per rollout in fp32 this ratio is 1 up to rounding, nothing is
-    # clipped, and only the ratio's gradient matters. It moves from the second step on the same
-    # rollout on (inner_epochs, minibatches), and wherever sampling and training round differently
-    # (bfloat16): dividing by the probability that the sampler used corrects for that, token by
-    # token. Padding is set to 0 before exp, or an inf there would survive as inf * 0.
+    # (2) With one optimiser step per rollout in fp32 the ratio is 1 up to rounding, nothing is
+    # clipped, and only its gradient matters. It leaves 1 at later steps on the same rollout
+    # (inner_epochs, minibatches), and where sampling and training round differently (bfloat16):
+    # dividing by the probability that the sampler used corrects for that, token by token. Padding
+    # is set to 0 before exp: inf * 0 would be NaN.
     log_ratio = (logp - logp_old).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
 
@@ -308,9 +310,9 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     policy_loss = -torch.min(ratio * adv, clipped * adv)
 
-    # (4) "k3" (Schulman 2020). For one token, over what pi could sample there, its value averages
-    # to KL(pi || pi_ref), but its gradient to that of KL(pi_ref || pi): as published, and near
-    # pi_ref much the same. Times the ratio, value and gradient are both those of KL(pi || pi_ref).
+    # (4) "k3" (Schulman 2020). Averaged over tokens sampled from pi its value is KL(pi || pi_ref),
+    # but its gradient is that of KL(pi_ref || pi), as in published GRPO; near pi_ref they agree.
+    # k3 times the ratio has both the value and the gradient of KL(pi || pi_ref).
     kl = torch.zeros_like(ratio)
     if logp_ref is not None:
         ref_log_ratio = (logp_ref - logp).masked_fill(~mask, 0.0)
@@ -340,7 +342,7 @@ def log_step(run, step, sampled, update, took, update_s, cfg):
     samples = [sample for group in sampled for sample in group]
     lengths = [len(sample.ids) for sample in samples]
     same = [group for group in sampled if not any(sample.adv for sample in group)]
-    accuracy = [{sample.parts.get("accuracy") for sample in group} for group in same]
+    accuracy = [{sample.parts.get("accuracy") for sample in group} for group in sampled]
 
     def mean(values):  # nan: this reward does not judge this problem
         return torch.tensor(values, dtype=torch.float64).nanmean().item()
@@ -350,8 +352,8 @@ def log_step(run, step, sampled, update, took, update_s, cfg):
         "step": step, "reward": mean([sample.reward for sample in samples]),
         **{f"reward/{name}": value for name, value in parts.items()}, "length": mean(lengths),
         "truncated": mean([sample.truncated for sample in samples]),
-        "zero_variance": len(same) / len(sampled),  # groups that teach nothing, ...
-        # ... and of all groups those that are right, or wrong, throughout.
+        # Groups that teach nothing; groups that are right, or wrong, throughout.
+        "zero_variance": len(same) / len(sampled),
         "all_right": accuracy.count({1}) / len(sampled),
         "all_wrong": accuracy.count({0}) / len(sampled), **update,
         "tokens_per_s": sum(lengths) / took, "sample_s": took - update_s, "update_s": update_s,

@@ -482,13 +482,13 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
             break
         if t % 4 == 3:  # to look for finished rows, the host waits for the device: not every token
             if find_end:
-                recent = new[rows, max(0, t - 15):t + 1].tolist()
+                recent = new[rows, max(0, t - 15):t + 1].tolist()  # holds an </answer>
                 stopped |= torch.tensor([find_end(ids) > 0 for ids in recent], device=device)
             alive = (~stopped).nonzero()[:, 0]
             if len(alive) == 0:
                 break
-            # Rows that ended go on sampling, to be cut off below, until they are dropped: to copy
-            # the others costs about one step, to capture a graph several.
+            # Finished rows go on sampling, to be cut off below, until there are enough of them to
+            # drop: copying the cache costs about one step, capturing a graph several.
             if drop_rows and len(alive) < (0.5 if decoder else 0.9) * len(rows):
                 rows, token, stopped = rows[alive], token[alive], stopped[alive]
                 visible = visible[alive] if visible is not None else None

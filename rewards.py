@@ -330,8 +330,8 @@ def one_language(problem, text):
 
 
 def language_consistency(problems, texts):
-    """R1's reward against mixed languages: `one_language` of each; 0 where nothing was thought, or
-    leaving out the thinking would pay."""
+    """R1's reward against mixed languages: `one_language` of each; 0 where nothing was thought
+    (else leaving out the thinking would pay). It tells scripts apart, not English from French."""
     scores = []
     for problem, text in zip(problems, texts, strict=True):
         thought = re.search(r"\w", (split_completion(text)[0] or "")[:MAX_READ])
@@ -366,14 +366,14 @@ def harmless(problems, texts):
             for p, text in zip(problems, texts, strict=True)]
 
 
-REWARDS = {  # a new reward: a line here and a weight w_NAME above
+REWARDS = {  # a new reward: a line here and a weight w_NAME above (`Environment` adds two more)
     "accuracy": accuracy, "format": format_reward, "language": language_consistency,
     "emoji": emoji, "harmless": harmless}
 
 
 def applies(name, problem):
-    """Whether a reward judges a problem: accuracy and language reasoning problems, preference
-    general requests, harmless unsafe ones, the others all."""
+    """Whether a reward judges a problem. Accuracy, language: reasoning problems; preference: chat
+    and unsafe requests; harmless: unsafe ones; any other: all."""
     if name in ("accuracy", "language"):
         return problem.task not in GENERAL
     if name == "preference":

@@ -11,7 +11,7 @@
     small_base ─ GRPO: accuracy, format ─────────────────► small_zero    the small model, RL alone
 
     python train.py                         # base, then zero, then a table that compares them
-    python train.py r1 distill small_zero   # everything; what is finished is not run again
+    python train.py r1 distill small_zero   # all of R1; what is finished is not run again
     python train.py table                   # the table again
     python train.py --task=logic --out_dir=out-logic      # or arithmetic, or code
     python train.py --init_from=FOLDER      # GRPO on a real model: a Hugging Face folder
@@ -645,9 +645,9 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it
         **SMALL, "mix": "task:4,chat:1,unsafe:1", "source_problems": 2400, "source_samples": 1,
         "sft_steps": 600, "sft_lr": 2e-3, "sft_rows": 32}),
     "small_zero": Stage(train_rl, "rl", "small_base", None, SMALL),
-    # Experiments: no language reward; a judge that is trusted too far; an emoji at the end of each
-    # line. This, like r1, does not divide by the std: in a group that is all right a missing emoji
-    # would weigh like an error, and of a judge's scores, which never tie, the noise.
+    # Experiments. Neither zero_emoji nor r1 divides by the std: in a group that is all right a
+    # missing emoji would count like a wrong answer; and a reward model's scores never tie, so that
+    # the division would blow up their noise (see r1_hacked).
     "dev2_free": Stage(train_rl, "rl", "dev1", None, SHORT_RL),
     "r1_hacked": Stage(train_rl, "rl", "dev3", "reward_model", {**ALL_SCENARIOS, **SHORT_RL}),
     "zero_emoji": Stage(train_rl, "rl", "base", None, {

@@ -793,6 +793,23 @@ def test_groups_that_teach_nothing_are_replaced_until_none_is_left(tiny, learnt_
     assert metrics["all_wrong"] == pytest.approx(1 / 6)
 
 
+def test_a_group_that_is_never_right_counts_as_all_wrong_whatever_its_tags_earn():
+    def group(right, tags):
+        parts = [{"accuracy": a, "format": f} for a, f in zip(right, tags, strict=True)]
+        rewards = [part["accuracy"] + part["format"] for part in parts]
+        adv = group_advantages(torch.tensor([rewards])).flatten().tolist()
+        return [Sample([1], [2], torch.zeros(1), False, text="", reward=r, parts=p, adv=a)
+                for r, p, a in zip(rewards, parts, adv, strict=True)]
+
+    update = dict.fromkeys(("kl", "entropy", "grad_norm", "skipped"), 0.0)
+    groups = [group([0.0, 0.0], [1.0, 0.0]), group([1.0, 1.0], [1.0, 0.0]),
+              group([1.0, 0.0], [1.0, 1.0]), group([0.0, 0.0], [1.0, 1.0])]
+    run = Run()
+    grpo.log_step(run, 2, groups, update, 1.0, 0.5, GRPOConfig())
+    found = run.metrics[0]
+    assert (found["all_wrong"], found["all_right"], found["zero_variance"]) == (0.5, 0.25, 0.25)
+
+
 def test_dynamic_sampling_tries_so_often_and_no_more(tiny, learnt_from):
     for times in (0, 2):
         env = Env([[0.0, 0.0]] * (1 + times))
