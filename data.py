@@ -19,7 +19,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import UserError, any_terminal, opt, read_json
+from model import UserError, any_terminal, opt, read_json, reading
 
 LARGEST = 99  # the toy world counts with 0..99, one token each
 
@@ -415,26 +415,29 @@ def draw_unsafe(cfg, rng):
 @cache
 def file_problems(path, question_key="question", answer_key="answer"):
     """Reads a JSONL file. As in GSM8K, an answer may be a solution that ends in `#### 72`."""
-    problems, number = [], 0
-    try:
-        with open(path, "rb") as f:
-            for line in f:
-                number += 1
-                if not line.strip():
-                    continue
-                entry = json.loads(line, parse_float=str)  # 0.50 stays as written, NaN a float
-                question, answer = entry.get(question_key), entry.get(answer_key)
-                if type(question) is not str or type(answer) not in (str, int):  # true is no int
-                    raise ValueError(f"answer {answer!r}, keys {list(entry)}")
-                answer = str(answer).split("####")[-1].strip()
-                if not question.strip() or not answer:
-                    raise ValueError("empty")
-                problems.append(Problem("file", question.strip(), (), answer))
-    except (OSError, ValueError, AttributeError, RecursionError) as e:
-        raise UserError(f"task=file, data={path}: cannot read line {number} as {{{question_key}: "
-                        f"text, {answer_key}: text or number}} ({repr(e)[:120]}); --question_key "
-                        f"and --answer_key name others") from None
-    return problems
+    def problem(line):
+        entry = json.loads(line, parse_float=str)  # 0.50 stays as written, NaN a float
+        question, answer = entry.get(question_key), entry.get(answer_key)
+        if type(question) is not str or type(answer) not in (str, int):  # true is no int
+            raise ValueError(f"answer {answer!r}, keys {list(entry)}")
+        answer = str(answer).split("####")[-1].strip()
+        if not question.strip() or not answer:
+            raise ValueError("empty")
+        return Problem("file", question.strip(), (), answer)
+
+    return read_each(path, problem, f"{{{question_key}: text, {answer_key}: text or number}}; "
+                                    f"--question_key and --answer_key name others")
+
+
+def read_each(path, parse, what):
+    """[parse(line)] of the lines of a JSONL file that are not blank. Raises UserError with the
+    number of the first that is not `what`."""
+    found = []
+    with reading(path, what), open(path, "rb") as f:
+        for number, line in enumerate(f, start=1):
+            with reading(f"line {number} of {path}", what):
+                found += [parse(line)] if line.strip() else []
+    return found
 
 
 def leave_out_long(cfg, tok, room):
@@ -859,22 +862,16 @@ def answers_in(messages, tok, cfg):
 
 
 def read_traces(path, tok, cfg):
-    """`answers_in` every line of a JSONL file. Raises UserError with the number of a bad line."""
-    rows, number, cfg = [], 0, replace(cfg, shots=0)  # what is learnt needs no worked examples
-    try:
-        with open(path, "rb") as f:
-            for line in f:
-                number += 1
-                if line.strip():
-                    rows += answers_in(messages_of(json.loads(line)), tok, cfg)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"traces={path}: cannot read line {number} as prompt and completion, or "
-                        f"as messages ({repr(e)[:80]})") from None
-    if not rows:
+    """`answers_in` every line of a JSONL file, in one list."""
+    cfg = replace(cfg, shots=0)  # what is learnt needs no worked examples
+
+    def rows(line):
+        return answers_in(messages_of(json.loads(line)), tok, cfg)
+
+    chats = read_each(path, rows, "a prompt and a completion, or messages")
+    if not chats:
         raise UserError(f"traces={path} is empty")
-    return rows
+    return [row for chat in chats for row in chat]
 
 
 def sft_batch(rows, tok, cfg, rng, n):
@@ -929,7 +926,7 @@ def tokenizer_from_hf(folder):
         raise UserError(f"init_from={folder}: no such local folder; to download a model: "
                         f"hf download {folder} --local-dir FOLDER")
     file = read_json(path)
-    try:
+    with reading(path, "byte-level BPE as in GPT-2, SmolLM2, Qwen or Llama 3"):
         bpe, added = file["model"], file.get("added_tokens") or []
         special = {token["content"]: token["id"] for token in added}
         hidden = {token["content"] for token in added if token.get("special")}
@@ -959,9 +956,6 @@ def tokenizer_from_hf(folder):
             raise ValueError(", ".join(what for what, is_so in wrong.items() if is_so))
         stop_ids, pad_id = end_tokens(folder, special)
         return Tokenizer(pattern, ranks, special, stop_ids, pad_id, hidden, normalizer == "NFC")
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"cannot use {path}, only byte-level BPE as in GPT-2, SmolLM2, Qwen and "
-                        f"Llama 3 ({type(e).__name__}: {str(e)[:100]})") from None
 
 
 def end_tokens(folder, special):
@@ -978,7 +972,7 @@ def end_tokens(folder, special):
                 *named("generation_config.json", "eos_token_id"),
                 *named("config.json", "eos_token_id")]
     if not stop_ids:
-        raise UserError("no end token in its tokenizer_config.json")
+        raise ValueError("no end token in its tokenizer_config.json")
     pad_ids = named("tokenizer_config.json", "pad_token") or stop_ids
     return tuple(dict.fromkeys(stop_ids)), pad_ids[0]
 

@@ -403,29 +403,22 @@ def score(problems, texts, cfg, **others):
 def checked(name, reward, problems, texts):
     """A reward's values as floats. Raises UserError naming the reward, the problem and the
     completion where it raises or does not return one finite number for each."""
-    values = attempt(reward, problems, texts)
-    if isinstance(values, list):
-        return values
-    for problem, text in zip(problems, texts, strict=True):  # which one was it?
-        fault = attempt(reward, [problem], [text])
-        if not isinstance(fault, list):
-            raise UserError(f"reward {name!r} {fault} for the problem {problem.question[:80]!r} "
-                            f"and the completion {text[:200]!r}")
-    raise UserError(f"reward {name!r} {values} for {len(texts)} completions, not for each alone")
-
-
-def attempt(reward, problems, texts):
-    """A reward's values as a list of floats, or in words what is wrong with them."""
     try:
         values = list(reward(problems, texts))
-        if len(values) != len(texts):
-            return f"returned {len(values)} values"
+        fault = f"returned {len(values)} values" if len(values) != len(texts) else ""
         for value in values:
             if isinstance(value, (str, bytes)) or value is None or not math.isfinite(value):
-                return f"returned {value!r}"
-        return [float(value) for value in values]
+                fault = fault or f"returned {value!r}"
+        if not fault:
+            return [float(value) for value in values]
     except Exception as e:  # it is the user's function: anything may happen in it
-        return f"raised {type(e).__name__}: {str(e)[:100]}"
+        fault = f"raised {type(e).__name__}: {str(e)[:100]}"
+    if len(texts) == 1:
+        raise UserError(f"reward {name!r} {fault} for the problem {problems[0].question[:80]!r} "
+                        f"and the completion {texts[0][:200]!r}")
+    for problem, text in zip(problems, texts, strict=True):  # which one was it?
+        checked(name, reward, [problem], [text])
+    raise UserError(f"reward {name!r} {fault} for {len(texts)} completions, not for each alone")
 
 
 class Environment:

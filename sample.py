@@ -120,8 +120,10 @@ def sampling_dtype(cfg):
 
 
 def choose_matmul(cfg, known="auto"):
-    """Sets up the CPU's matrix products. What "auto" means is measured, and then kept in
-    checkpoints as `known`: the two round differently, and a resumed run must not."""
+    """Sets up the CPU's threads and matrix products. What "auto" means is measured, and then kept
+    in checkpoints as `known`: the two round differently, and a resumed run must not."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     if cfg.matmul == "auto":
         cfg.matmul = known
     if cfg.matmul == "auto":
@@ -216,8 +218,6 @@ def open_checkpoint(given, path="", beside=None):
     then, now = sampling_dtype(pick(SampleConfig, {**trained, **here})), sampling_dtype(cfg.sample)
     if then != now and not os.path.isdir(path):
         print(f"{path} sampled in {then} in training, and now does in {now}")
-    if cfg.sample.threads:
-        torch.set_num_threads(cfg.sample.threads)
     choose_matmul(cfg.sample)
     tok = data.load_tokenizer(cfg.sample.init_from)
     if os.path.isdir(path):
@@ -488,35 +488,34 @@ GROUPS = {"settings": AskConfig, "problems, by default those of training": DataC
 
 
 def main(argv):
-    with any_terminal():
+    with any_terminal(), one_line_errors("sample.py"):
         show_answers(vars(Parser("sample.py", __doc__, GROUPS).parse_args(argv)))
 
 
 def show_answers(given):
-    with one_line_errors("sample.py"):
-        args = pick(AskConfig, given)
-        validate(args)
-        own = ["seed", "temperature", *["max_new_tokens"] * (not args.max_new_tokens)]
-        given = {name: value for name, value in given.items() if name not in own}
-        if ("task" in given or args.numbers or args.question) and "data" not in given:
-            given = {**NO_FILE, **given}
-        if args.to:
-            return write_traces(args, given)
-        path, problems, shown, settings = ask(args, given, "")
-        width, columns = max(30, shutil.get_terminal_size((120, 0)).columns // 2 - 2), [shown]
-        if args.vs:
-            _, others, shown, _ = ask(args, given, args.vs, settings)
-            if problems != others:
-                raise UserError(f"{path} and {args.vs} were trained on different problems: "
-                                f"set --task, or --numbers and --target")
-            columns.append(shown)
-            print(fit(path[-width:], width) + "  " + args.vs[-width:])
-        for problem, *answers in zip(problems, *columns, strict=True):
-            print(f"--- {problem.question}")
-            for *left, (style, line) in zip_longest(*answers, fillvalue=("plain", "")):
-                left = [paint(style, fit(line, width)) for style, line in left]
-                print("  ".join([*left, paint(style, line)]).rstrip())
-            print()
+    args = pick(AskConfig, given)
+    validate(args)
+    own = ["seed", "temperature", *["max_new_tokens"] * (not args.max_new_tokens)]
+    given = {name: value for name, value in given.items() if name not in own}
+    if ("task" in given or args.numbers or args.question) and "data" not in given:
+        given = {**NO_FILE, **given}
+    if args.to:
+        return write_traces(args, given)
+    path, problems, shown, settings = ask(args, given, "")
+    width, columns = max(30, shutil.get_terminal_size((120, 0)).columns // 2 - 2), [shown]
+    if args.vs:
+        _, others, shown, _ = ask(args, given, args.vs, settings)
+        if problems != others:
+            raise UserError(f"{path} and {args.vs} were trained on different problems: "
+                            f"set --task, or --numbers and --target")
+        columns.append(shown)
+        print(fit(path[-width:], width) + "  " + args.vs[-width:])
+    for problem, *answers in zip(problems, *columns, strict=True):
+        print(f"--- {problem.question}")
+        for *left, (style, line) in zip_longest(*answers, fillvalue=("plain", "")):
+            left = [paint(style, fit(line, width)) for style, line in left]
+            print("  ".join([*left, paint(style, line)]).rstrip())
+        print()
 
 
 if __name__ == "__main__":

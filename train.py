@@ -204,7 +204,7 @@ RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
 # ------------------------------------------------------------------------------------------------
 # A stage's folder
 
-HEADINGS = {  # of columns, on the terminal: no row is wider than 110
+HEADINGS = {  # of columns in tables, which are no wider than 110
     "pass@1_ci": "95% CI", "pass@1_T=0.6": "T=0.6", "pass@1_greedy": "greedy",
     "pass@1_untagged": "untagged", "one_language": "language"}
 WIDTHS = {"cut": 4, "grad": 7, "loss": 7}  # least ones; else 5
@@ -219,8 +219,6 @@ class Run:
         self.cfg = cfg = stage_config(self.stage, given, self.tok)
         self.prompt_len = longest_prompt(cfg, self.tok)
         self.seed, self.device = cfg.sample.seed, sample.find_device(cfg.sample.device)
-        if cfg.sample.threads:
-            torch.set_num_threads(cfg.sample.threads)
         steps = {"base": "base_steps", "rl": "rl_steps"}.get(self.stage.kind, "sft_steps")
         self.steps = cfg.settings()[steps]
         self.seconds, self.skipped, self.rows, self.stopping = 0.0, 0, 0, False
@@ -228,7 +226,10 @@ class Run:
         os.makedirs(self.dir, exist_ok=True)
         if os.path.exists(self.path("ckpt.pt")):
             self.saved = load_checkpoint(self.path("ckpt.pt"))
-            self.check_settings()
+            if "optimizers" not in self.saved:
+                raise UserError(f"{self.path('ckpt.pt')} is no checkpoint of a run: move it away")
+            refuse_other_settings(cfg, self.saved, RESUME_KEYS[self.stage.kind], self.dir,
+                                  "delete it or choose another --out_dir")
         # Checkpoints say what "auto" meant. A run goes on in that dtype, and whatever asks it later
         # samples in it, since weights move less in RL than bfloat16 can show.
         then = self.saved.get("settings", {})
@@ -239,13 +240,6 @@ class Run:
 
     def path(self, file):
         return os.path.join(self.dir, file)
-
-    def check_settings(self):
-        """Raises UserError naming the settings that are not those of the run in this folder."""
-        if "optimizers" not in self.saved:
-            raise UserError(f"{self.path('ckpt.pt')} is no checkpoint of a run: move it away")
-        refuse_other_settings(self.cfg, self.saved, RESUME_KEYS[self.stage.kind], self.dir,
-                              "delete it or choose another --out_dir")
 
     def resume(self, model, optimizers, ref=None):
         """Restores the checkpoint -> its step, 0 without one. What the logs say of later steps is
@@ -310,12 +304,10 @@ class Run:
         self.append("metrics.jsonl", metrics)
         self.log_size = os.path.getsize(path)
         if row:
-            row = {HEADINGS.get(name, name): text for name, text in row.items()}
-            widths = {name: max(len(name), WIDTHS.get(name, 5)) for name in row}
-            widths["step"] = 2 + 2 * len(str(self.steps))
-            header = {name: name for name in row}
-            for line in [row] if self.rows % 20 else [header, row]:
-                tqdm.write(" ".join(line[name].rjust(width) for name, width in widths.items()))
+            widths = [max(len(name), WIDTHS.get(name, 5)) for name in row]
+            widths[0] = 2 + 2 * len(str(self.steps))
+            for line in [row.values()] if self.rows % 20 else [row, row.values()]:
+                tqdm.write(" ".join(map(str.rjust, line, widths)))
             self.rows += 1
         self.skipped = self.skipped + 1 if metrics["skipped"] == 1 else 0
         if self.skipped >= self.cfg.train.max_skipped:
@@ -368,7 +360,7 @@ def pair_loss(model, tokens, lengths):
 
 
 def supervise(run, model, batch_fn, lr, loss_fn=next_token_loss):
-    """Minimises `loss_fn(model, *batch_fn(rng))` over the run's steps -> the model."""
+    """Minimises `loss_fn(model, *batch_fn(rng))` over the run's steps."""
     cfg, steps = run.cfg.train, run.steps
     run.set_up(getattr(model, "gpt", model))
     optimizers = make_optimizers(model, lr, cfg.base_optimizer)
@@ -393,11 +385,10 @@ def supervise(run, model, batch_fn, lr, loss_fn=next_token_loss):
         run.log({"step": step + 1, "loss": loss.item(), "grad_norm": grad_norm, "skipped": skipped,
                  "tokens": n_tokens, "seconds": run.seconds}, row)
         run.end_step(step + 1, steps, model, optimizers)
-    return model
 
 
 # ------------------------------------------------------------------------------------------------
-# The stages: functions of a Run that return the trained model, and their table
+# The stages: functions of a Run, and their table
 
 
 def train_base(run):
@@ -416,7 +407,7 @@ def train_base(run):
         rows, length = cfg.train.base_rows, cfg.train.base_length + 1
         return data.corpus_batch(cfg.data, run.tok, rng, rows, length)
 
-    return supervise(run, model, batch, cfg.train.base_lr)
+    supervise(run, model, batch, cfg.train.base_lr)
 
 
 def train_rl(run):
@@ -437,7 +428,6 @@ def train_rl(run):
         judge = run.load("reward_model", RewardModel)
     env = Environment(run.tok, cfg.data, cfg.rewards, cfg.grpo.max_new_tokens, judge)
     train_grpo(policy, ref, env, run, cfg.grpo)
-    return policy
 
 
 def in_format(problem, text):
@@ -459,17 +449,17 @@ FILTERS = {"right": rewards.is_right, "in format": in_format, "in one language":
 
 def train_dev1(run):
     """Cold start: the base learns from those of R1-Zero's traces that mix languages least."""
-    return train_sft(run, ["right", "in format"], rank=rewards.one_language)
+    train_sft(run, ["right", "in format"], rank=rewards.one_language)
 
 
 def train_dev3(run):
     """Rejection sampling: the base, not dev2, learns from dev2's traces and scripted replies."""
-    return train_sft(run, list(FILTERS), replies=run.cfg.train.general_replies)
+    train_sft(run, list(FILTERS), replies=run.cfg.train.general_replies)
 
 
 def train_distill(run):
     """Distillation: a smaller base learns from R1's samples. Nothing but SFT, as in the paper."""
-    return train_sft(run, ["right", "in format"])
+    train_sft(run, ["right", "in format"])
 
 
 def train_sft(run, filters, rank=None, replies=0):
@@ -493,7 +483,7 @@ def train_sft(run, filters, rank=None, replies=0):
     rows = [(data.prompt_ids(data.Problem(**line["problem"]), run.tok, cfg.data),
              data.completion_ids(line["completion"], run.tok, cfg.data))
             for line in read_lines(path)]
-    return fine_tune(run, rows)
+    fine_tune(run, rows)
 
 
 def train_traces(run):
@@ -505,7 +495,7 @@ def train_traces(run):
     print(f"{run.name}: {len(traces)} answers in {path}{long * (len(rows) < len(traces))}")
     if not rows:
         raise UserError(f"traces={path} holds nothing that fits")
-    return fine_tune(run, rows)
+    fine_tune(run, rows)
 
 
 def fine_tune(run, rows):
@@ -513,7 +503,7 @@ def fine_tune(run, rows):
     def batch(rng):
         return data.sft_batch(rows, run.tok, run.cfg.data, rng, run.cfg.train.sft_rows)
 
-    return supervise(run, run.load(run.stage.parent), batch, run.cfg.train.sft_lr)
+    supervise(run, run.load(run.stage.parent), batch, run.cfg.train.sft_lr)
 
 
 def source_samples(run, tasks=None, held_out=False):
@@ -558,7 +548,7 @@ def train_reward_model(run):
         return rewards.text_batch(run.tok, texts, cfg.model.context)
 
     model = RewardModel(gpt.cfg, gpt).to(run.device)
-    return supervise(run, model, batch, cfg.train.sft_lr, pair_loss)
+    supervise(run, model, batch, cfg.train.sft_lr, pair_loss)
 
 
 def with_a_slip(text, tok, rng):
@@ -616,7 +606,7 @@ def evaluate_reward_model(run, model):
 
 @dataclass(frozen=True)
 class Stage:
-    train: callable  # (run) -> trained model
+    train: callable  # (run): trains, and saves as it goes
     kind: str        # base, rl, sft or pairs: a key of RESUME_KEYS
     parent: str      # the stage whose checkpoint it starts from
     source: str      # the stage whose samples, or whose scores, it learns from
@@ -692,15 +682,13 @@ def check_stages(stages, given):
 
 def run_stage(name, given):
     """Trains and evaluates a stage unless that is done -> its Run."""
-    run, model, is_rm = Run(name, given), None, name == "reward_model"
-    evaluated = ("pairs" if is_rm else run.cfg.data.tasks()[0]) in read_results(run.dir)
-    if name == "base" and (run.cfg.sample.init_from or run.cfg.train.base):
-        print(f"base: {run.cfg.sample.init_from or run.cfg.train.base}")  # trained elsewhere
+    run, is_rm, base = Run(name, given), name == "reward_model", given.get("base")
+    result = "pairs" if is_rm else run.cfg.data.tasks()[0]
+    if name == "base" and (run.cfg.sample.init_from or base):
+        print(f"base: {run.cfg.sample.init_from or base}")  # trained elsewhere
         print_memory(run)
-        known = read_results(os.path.dirname(run.cfg.train.base)) if run.cfg.train.base else {}
-        if known and not evaluated:
-            write_json(run.path("eval.json"), known)
-            evaluated = True
+        if base and result not in read_results(run.dir):
+            write_json(run.path("eval.json"), read_results(os.path.dirname(base)))
     elif run.saved["step"] >= run.steps:
         print(f"{name}: done ({run.path('ckpt.pt')}, {run.saved['step']} steps)")
     else:
@@ -711,15 +699,13 @@ def run_stage(name, given):
         if in_main_thread:  # elsewhere Python allows no handlers
             signal.signal(signal.SIGINT, run.stop_after_step)
         try:
-            model, evaluated = run.stage.train(run), False
-            if run.cfg.train.lora_rank:
-                model = None  # what is evaluated is what was saved, with its adapters merged
+            run.stage.train(run)
         finally:
             if in_main_thread:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
         plot_curves(run.dir)
-    if not evaluated:
-        model = model or run.load(name, RewardModel if is_rm else GPT)
+    if result not in read_results(run.dir):
+        model = run.load(name, RewardModel if is_rm else GPT)  # as saved: adapters are merged
         if is_rm:
             evaluate_reward_model(run, model)
         else:

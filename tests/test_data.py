@@ -149,7 +149,7 @@ def test_a_row_that_is_no_problem_is_refused_in_one_line_with_its_number(row, wo
     b"PAR1\x15\x04\x15\x10\n\xff"])
 def test_files_of_other_kinds_are_refused_in_one_line(content, tmp_path):
     (tmp_path / "d").write_bytes(content)
-    with pytest.raises(UserError, match="d: cannot read line [12] "):
+    with pytest.raises(UserError, match="line [12] of .*d is not"):
         validate(DataConfig(data=str(tmp_path / "d")))
 
 
@@ -572,6 +572,6 @@ def test_all_stands_for_the_four_reasoning_tasks_in_the_corpus_the_mix_and_the_e
         prompt, _ = data.document(cfg, rng)
         kind = prompt.split(" ")[1][:4] if prompt else "none"
         prompts[{"make": "countdown", "what": "arithmetic"}.get(kind, kind[:2])] += 1
-    assert 0.24 < prompts["countdown"] / 2000 < 0.32
-    assert 0.11 < prompts["arithmetic"] / 2000 < 0.17
-    assert 0.18 < prompts["f("] / 2000 < 0.26 and 0.13 < prompts["no"] / 2000 < 0.19
+    assert 0.28 < prompts["countdown"] / 2000 < 0.36
+    assert 0.12 < prompts["arithmetic"] / 2000 < 0.18
+    assert 0.18 < prompts["f("] / 2000 < 0.26 and 0.13 < prompts["no"] / 2000 < 0.21
