@@ -128,8 +128,8 @@ LORA_DEFAULTS = {"rl_lr": 1e-5, "sft_lr": 1e-4}  # there with --lora_rank: adapt
 TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
     "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
     "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
-    "all": {"base_steps": 2400, "rl_steps": 100, "prompts_per_step": 24, "source_problems": 800,
-            "sft_steps": 100, "eval_problems": 100},
+    "all": {"base_steps": 2400, "rl_steps": 100, "rl_lr": 2.5e-4, "prompts_per_step": 24,
+            "source_problems": 800, "sft_steps": 100, "eval_problems": 100},
 }
 
 
@@ -624,7 +624,7 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it
     "dev1": Stage(train_dev1, "sft", "base", "zero", {}),
     "dev2": Stage(train_rl, "rl", "dev1", None, {"w_language": 0.5, **SHORT_RL}),
     "dev3": Stage(train_dev3, "sft", "base", "dev2", {
-        "source_problems": 1600, "source_samples": 2, "general_replies": 3000, "sft_steps": 500,
+        "source_problems": 3200, "source_samples": 1, "general_replies": 3000, "sft_steps": 600,
         "sft_lr": 2e-3, "sft_rows": 32}),
     "reward_model": Stage(train_reward_model, "pairs", "dev3", "dev3", {
         "source_problems": 3000, "sft_steps": 800, "sft_rows": 32}),
