@@ -344,8 +344,9 @@ def draw_logic(cfg, rng):
 
 
 def suspects(question):
-    """Yields every set of liars, smallest first, as (their names, what people say, + where it would
-    be true and - where not, until one says what they could not, whether none does)."""
+    """Yields every set of liars, smallest first, as (their names, text, fits). The text is what
+    people say, each followed by + if it would then be true, else by -, up to the first that
+    contradicts the set; fits: nobody does."""
     said = [text.split(" says ") for text in question.removesuffix(": who lies").split(", ")]
     for n in range(len(said) + 1):
         for liars in combinations([speaker for speaker, _ in said], n):
@@ -425,8 +426,8 @@ def file_problems(path, question_key="question", answer_key="answer"):
             raise ValueError("empty")
         return Problem("file", question.strip(), (), answer)
 
-    return read_each(path, problem, f"{{{question_key}: text, {answer_key}: text or number}}; "
-                                    f"--question_key and --answer_key name others")
+    what = f"{{{question_key}: text, {answer_key}: text or number}}"
+    return read_each(path, problem, f"{what} (see --data, --question_key, --answer_key)")
 
 
 def read_each(path, parse, what):
@@ -805,7 +806,7 @@ TASKS = {
     "file": Task(draw_from_file, in_corpus=False),
 }
 REASONING = ("countdown", "arithmetic", "logic", "code")  # --task=all
-GENERAL = ("chat", "unsafe")  # the reward model judges these; of the rules only some do
+GENERAL = ("chat", "unsafe")  # judged by the reward model; not for accuracy and language
 
 
 def corpus_batch(cfg, tok, rng, rows, length):
@@ -868,7 +869,7 @@ def read_traces(path, tok, cfg):
     def rows(line):
         return answers_in(messages_of(json.loads(line)), tok, cfg)
 
-    chats = read_each(path, rows, "a prompt and a completion, or messages")
+    chats = read_each(path, rows, "a prompt and a completion, or messages (see --traces)")
     if not chats:
         raise UserError(f"traces={path} is empty")
     return [row for chat in chats for row in chat]
@@ -972,7 +973,8 @@ def end_tokens(folder, special):
                 *named("generation_config.json", "eos_token_id"),
                 *named("config.json", "eos_token_id")]
     if not stop_ids:
-        raise ValueError("no end token in its tokenizer_config.json")
+        raise UserError(f"{folder} names no end token: neither tokenizer_config.json nor "
+                        f"generation_config.json nor config.json has one that tokenizer.json knows")
     pad_ids = named("tokenizer_config.json", "pad_token") or stop_ids
     return tuple(dict.fromkeys(stop_ids)), pad_ids[0]
 

@@ -482,7 +482,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
             break
         if t % 4 == 3:  # to look for finished rows, the host waits for the device: not every token
             if find_end:
-                recent = new[rows, max(0, t - 15):t + 1].tolist()  # holds an </answer>
+                recent = new[rows, max(0, t - 15):t + 1].tolist()  # enough for an </answer>
                 stopped |= torch.tensor([find_end(ids) > 0 for ids in recent], device=device)
             alive = (~stopped).nonzero()[:, 0]
             if len(alive) == 0:

@@ -119,9 +119,10 @@ def sampling_dtype(cfg):
     return torch.bfloat16 if use_bf16(cfg.sample_dtype, find_device(cfg.device)) else torch.float32
 
 
-def choose_matmul(cfg, known="auto"):
-    """Sets up the CPU's threads and matrix products. What "auto" means is measured, and then kept
-    in checkpoints as `known`: the two round differently, and a resumed run must not."""
+def set_up_cpu(cfg, known="auto"):
+    """Sets the CPU's threads, and who multiplies its matrices. What "auto" means is measured once
+    and kept in checkpoints (`known`): torch and oneDNN round differently, and a run that goes on
+    must not change."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.matmul == "auto":
@@ -218,7 +219,7 @@ def open_checkpoint(given, path="", beside=None):
     then, now = sampling_dtype(pick(SampleConfig, {**trained, **here})), sampling_dtype(cfg.sample)
     if then != now and not os.path.isdir(path):
         print(f"{path} sampled in {then} in training, and now does in {now}")
-    choose_matmul(cfg.sample)
+    set_up_cpu(cfg.sample)
     tok = data.load_tokenizer(cfg.sample.init_from)
     if os.path.isdir(path):
         model = from_pretrained(path, REAL_DEFAULTS["context"])
@@ -298,8 +299,8 @@ def evaluate(model, tok, problems, k, cfg, temperature):
 
 def evaluate_tasks(model, tok, cfg, folder):
     """Held-out problems of cfg.data.tasks(), sampled at the training temperature, at the paper's
-    0.6 and greedily, into FOLDER/eval.json and samples.jsonl. A toy model is asked 100 general
-    requests of each kind, and a twentieth as many problems of every other task, as well."""
+    0.6 and greedily, into FOLDER/eval.json and samples.jsonl. A toy model is asked up to 100
+    general requests of each kind, and a twentieth as many problems of every other task, as well."""
     main, k, n = cfg.data.tasks(), cfg.sample.eval_samples, cfg.data.eval_problems
     results, samples, tasks = read_results(folder), [], dict.fromkeys(main, n)
     model = for_sampling(model, cfg.sample)

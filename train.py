@@ -125,7 +125,7 @@ class Config(sample.Config):
 
 
 LORA_DEFAULTS = {"rl_lr": 1e-5, "sft_lr": 1e-4}  # there with --lora_rank: adapters want ten times
-TASK_DEFAULTS = {  # shorter documents and completions: more and smaller steps
+TASK_DEFAULTS = {  # what suits them better; short documents, for one, more and smaller steps
     "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
     "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
     "all": {"base_steps": 2400, "rl_steps": 100, "rl_lr": 2.5e-4, "prompts_per_step": 24,
@@ -206,7 +206,7 @@ RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
 
 HEADINGS = {  # of columns in tables, which are no wider than 110
     "pass@1_ci": "95% CI", "pass@1_T=0.6": "T=0.6", "pass@1_greedy": "greedy",
-    "pass@1_untagged": "untagged", "one_language": "language"}
+    "pass@1_untagged": "untagged", "one_language": "language", "truncated": "cut"}
 WIDTHS = {"cut": 4, "grad": 7, "loss": 7}  # least ones; else 5
 
 
@@ -236,7 +236,7 @@ class Run:
         cfg.sample.sample_dtype = given.get("sample_dtype") or then.get("sample_dtype", "auto")
         self.sample_dtype = sample.sampling_dtype(cfg.sample)
         cfg.sample.sample_dtype = str(self.sample_dtype).removeprefix("torch.")
-        sample.choose_matmul(cfg.sample, then.get("matmul", "auto"))
+        sample.set_up_cpu(cfg.sample, then.get("matmul", "auto"))
 
     def path(self, file):
         return os.path.join(self.dir, file)
@@ -508,7 +508,7 @@ def fine_tune(run, rows):
 
 def source_samples(run, tasks=None, held_out=False):
     """(problems, for each a list of what the source stage answers); of the given tasks, or as the
-    stage draws them. A fifth as many problems are held out."""
+    stage draws them. With `held_out` a fifth as many, from the held-out part."""
     cfg, k, n = run.cfg, run.cfg.train.source_samples, run.cfg.train.source_problems
     rng, generator = generators(run.seed, run.name, "source", *["held out"] * held_out)
     problems = []
@@ -552,16 +552,18 @@ def train_reward_model(run):
 
 
 def with_a_slip(text, tok, rng):
-    """The completion with one token of its answer exchanged for its like, doubled or left out."""
+    """The completion with one token of its answer doubled, left out or exchanged: a name for a
+    name, a number for one of 1 to 5, anything else for a thing (now and then for itself)."""
     answer = rewards.split_completion(text)[1]
     if not answer:
         return text
-    pieces = [tok.decode([id]) for id in tok.encode(answer)]
-    i = rng.randrange(len(pieces))
-    kinds = [kind for kind in (data.NAMES, "12345") if pieces[i] in kind] or [data.THINGS]
-    other = [rng.choice(kinds[0])]
-    pieces[i:i + 1] = rng.choice([other, other, 2 * pieces[i:i + 1], []])
-    return text.replace(f"<answer>{answer}<", f"<answer>{''.join(pieces)}<")
+    ids = tok.encode(answer)
+    i = rng.randrange(len(ids))
+    piece = tok.decode(ids[i:i + 1])
+    kinds = [kind for kind in (data.NAMES, "12345") if piece in kind] or [data.THINGS]
+    other = tok.encode(rng.choice(kinds[0]))
+    ids[i:i + 1] = rng.choice([other, other, 2 * ids[i:i + 1], []])
+    return text.replace(f"<answer>{answer}<", f"<answer>{tok.decode(ids)}<")
 
 
 def annotate(run, held_out):
@@ -877,7 +879,7 @@ def run_eval(given):
 
 
 def run_export(given):
-    """`export`: a checkpoint as a Hugging Face folder, which transformers, vLLM and TRL open."""
+    """`export`: a checkpoint as a Hugging Face folder, which transformers and TRL open."""
     path, model, tok, cfg = sample.open_checkpoint({**given, **sample.NO_FILE})
     source, train = cfg.sample.init_from, Config.of(given).train
     if not train.export_dir:

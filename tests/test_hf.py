@@ -475,7 +475,7 @@ def test_other_tokenizers_are_refused_by_name(where, value, word, tmp_path):
 
 def test_a_folder_without_an_end_token_is_refused(tmp_path):
     shutil.copy(fixture("tokenizer_gpt2", "tokenizer.json"), tmp_path)
-    with pytest.raises(UserError, match="end token"):
+    with pytest.raises(UserError, match="names no end token"):
         load_tokenizer(str(tmp_path))
 
 

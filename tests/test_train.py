@@ -733,13 +733,45 @@ def test_a_fifth_as_many_requests_are_held_out_for_the_judge(tmp_path, monkeypat
     held_out, learnt = (train.source_samples(judge, data.GENERAL, part)[0]
                         for part in (True, False))
     assert (len(held_out), len(learnt)) == (3, 12)
+    assert all(p.held_out for p in held_out) and not any(p.held_out for p in learnt)
+    assert {p.task for p in (*held_out, *learnt)} == set(data.GENERAL)
 
 
-def test_the_hacked_run_differs_from_r1_in_step_size_steps_and_division_alone():
-    r1, hacked = ({**train.Config().settings(), **train.STAGES[name].settings}
-                  for name in ("r1", "r1_hacked"))
-    differ = {key for key in r1 if r1[key] != hacked[key]}
-    assert differ == {"rl_lr", "rl_steps", "adv_norm"} and hacked["adv_norm"] == "std"
+def test_the_hacked_run_has_the_step_of_zero_more_steps_and_divides():
+    for task in ("countdown", "all"):
+        zero, r1, hacked = (train.stage_config(train.STAGES[name], {"task": task},
+                                               data.load_tokenizer()).settings()
+                            for name in ("zero", "r1", "r1_hacked"))
+        assert {key for key in r1 if r1[key] != hacked[key]} == {"rl_lr", "rl_steps", "adv_norm"}
+        assert (hacked["rl_lr"], hacked["adv_norm"]) == (zero["rl_lr"], "std")
+        assert r1["rl_lr"] < hacked["rl_lr"] and r1["rl_steps"] < hacked["rl_steps"]
+
+
+def test_of_eight_answers_one_is_to_another_request_and_two_are_slips(tmp_path, monkeypatch):
+    problems = [data.Problem("chat", f"repeat {w}", (), w) for w in ("cat", "dog", "owl")]
+    texts = [[f"{i}{j}" for j in range(8)] for i in range(3)]
+    monkeypatch.setattr(train, "source_samples", lambda *args: (problems, texts))
+    monkeypatch.setattr(train, "with_a_slip", lambda text, tok, rng: text + "'")
+    train.annotate(train.Run("reward_model", {"out_dir": str(tmp_path)}), False)
+    for i, said in enumerate(texts):
+        assert said[1] in {"01", "11", "21"} - {f"{i}1"}
+        assert said[:1] + said[2:] == [f"{i}{x}" for x in ("0", "2", "2'", "4", "5", "6", "6'")]
+
+
+def test_a_run_has_the_threads_that_it_was_given(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    train.Run("zero", {"out_dir": str(tmp_path), "threads": 3})
+    assert seen == [3]
+
+
+def test_a_base_elsewhere_that_was_not_evaluated_is_evaluated_here(finished, tmp_path):
+    shutil.copytree(finished / "base", tmp_path / "there" / "base")
+    (tmp_path / "there" / "base" / "eval.json").unlink()
+    run(tmp_path / "here", f"--base={tmp_path}/there/base/ckpt.pt",
+        tiny=[flag for flag in ZERO if flag not in SHAPE])
+    here = results(tmp_path / "here" / "base")
+    assert here["countdown"] == results(finished / "base")["countdown"]
 
 
 def test_a_slip_changes_one_token_of_the_answer_and_nothing_else():
@@ -802,6 +834,7 @@ def test_the_table_is_printed_from_what_lies_in_the_folder(whole, capsys):
     text = capsys.readouterr().out
     assert text.count("countdown: 3 held-out problems, 4 samples of each") == 1
     assert text.count("pass@1 on other tasks, thinking, and preferences") == 1
+    assert max(map(len, text.splitlines())) <= 110
     for block in text.strip().split("\n\n"):
         title, head, *rows = block.splitlines()
         assert len({len(row) for row in [head, *rows]}) == 1  # columns stand below each other

@@ -41,7 +41,7 @@ def main():
     args = parser.parse_args()
     figure, axis = pyplot.subplots(figsize=(13, 4.2))
     for name, stage in STAGES.items():
-        if name not in BOXES:  # `sft`, which is not in the paper
+        if name not in BOXES:  # `sft` and `r1_hacked`, which are not in the paper
             continue
         draw_box(axis, name, FILLS[stage.kind])
         draw_arrow(axis, stage.parent, name, "#555", "-")

@@ -5,7 +5,7 @@
     python tests/bench/trl_train.py out-hf --max_steps=2
 
 Tried with trl 1.16.0 and transformers 5.24.0, which this project does not need. From here on
-`accelerate launch` takes it to several GPUs, and use_vllm=True samples with vLLM.
+`accelerate launch` and use_vllm=True are TRL's, and not tried here.
 """
 import argparse
 import random
