@@ -57,12 +57,7 @@ def test_every_table_is_made_from_the_results_file():
 
 def test_the_results_file_says_on_what_and_with_which_code_it_was_made():
     found = json.loads(source("assets/results.json"))
-    then = found["earlier"]["pipeline"]
-    for about in (found["about"], then["about"]):
-        assert {"cpu", "cores", "python", "torch", "commit"} <= set(about)
-    for seed in (1, 2, 3):
-        stages = then["runs"][f"seed {seed}"]["stages"]
-        assert set(stages) == set(train.STAGES) - {"sft", "r1_hacked"}
+    assert {"cpu", "python", "torch", "commit"} <= set(found["about"])
     for name, made in found["runs"].items():
         assert {"base", "zero"} <= set(made["stages"]), name
         for task in data.REASONING if name == results.ALL else ["countdown"]:
@@ -204,7 +199,7 @@ def test_the_adapters_of_the_readme_judge_as_our_rewards_do():
 def in_order(command):
     """What makes checkpoints comes before what reads them."""
     reads = any(word in command for word in ("table", " eval ", "export", "sample.py"))
-    return reads, command != "python train.py r1 distill small_zero", "--rl_steps=180" in command
+    return reads, "--rl_steps=180" in command
 
 
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, lenient):  # noqa: F811
@@ -224,5 +219,5 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, lenient):  # noqa
         else:
             steps = 3 if "--rl_steps=180" in command else 2
             train.main([*argv, *tiny, f"--rl_steps={steps}"])
-    for path in ("out-all/r1/eval.json", "out-hf/model.safetensors", "out3/zero_emoji/ckpt.pt"):
+    for path in ("out-all/r1/eval.json", "out-hf/model.safetensors", "out/zero_emoji/ckpt.pt"):
         assert os.path.exists(path)

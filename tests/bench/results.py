@@ -15,22 +15,25 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 sys.path.append(ROOT)
 import data  # noqa: E402
+import rewards  # noqa: E402
 
 FILE = os.path.join(ROOT, "assets", "results.json")
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2)
 ASK = "python sample.py --numbers=3,7,2 --target=20 --n=1"
-STAGES = ("base", "zero", "dev1", "dev2", "dev3", "r1", "small_base", "small_zero", "distill")
+STAGES = ("base", "zero", "dev1", "dev2", "dev3", "r1", "r1_hacked", "small_base", "small_zero",
+          "distill")
 SHOWN_STEPS = (1, 5, 10, 20, 60)
 RUNS = {}  # name: the commands that make it, the first of which ends with zero
 for seed in SEEDS:
     RUNS[f"seed {seed}"] = [f"python train.py --seed={seed} --threads=1 --out_dir=out{seed}"]
 ALL = "all tasks, seed 1"
 RUNS[ALL] = [f"python train.py {stages} --task=all --seed=1 --threads=1 --out_dir=out-all"
-             for stages in ("zero", "r1", "distill small_zero")]
+             for stages in ("zero", "r1", "r1_hacked distill small_zero")]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -65,7 +68,7 @@ def carry_out(name):
 
 def gather():
     """What the runs wrote, as far as they were made: {"about", "seen", "runs": {name: {"minutes",
-    "stages": {stage: eval.json}}}}, and what was measured earlier as it is."""
+    "stages": {stage: eval.json}, "all_habits"}}}, and what was measured earlier as it is."""
     import torch
     runs = {}
     for name in RUNS:
@@ -76,8 +79,10 @@ def gather():
             path = os.path.join(where, stage, "eval.json")
             if os.path.exists(path):
                 stages[stage] = round_all(read(path))
+                if "countdown" in stages[stage]:
+                    stages[stage]["countdown"]["mixes"] = mixing(where, stage)
         minutes = round_all(read(os.path.join(where, "minutes.json")))
-        runs[name] = {"minutes": minutes, "stages": stages}
+        runs[name] = {"minutes": minutes, "stages": stages, "all_habits": all_habits(where)}
     evidence = {}
     for name in runs:
         path = os.path.join(folder(name), "evidence")
@@ -86,7 +91,7 @@ def gather():
         evidence[name] = {file[:-5]: round_all(read(os.path.join(path, file))) for file in found}
     return {"earlier": read(FILE)["earlier"], "seen": seen(folder(next(iter(runs)))), "runs": runs,
             "evidence": evidence,
-            "about": {"counting": counting(), "cpu": cpu_name(), "cores": os.cpu_count(),
+            "about": {"cpu": cpu_name(),
                       "torch": torch.__version__, "python": platform.python_version(),
                       "commit": commit()}}
 
@@ -102,10 +107,27 @@ def seen(where):
     return {"log": "\n".join([header, *[rows[i] for i in SHOWN_STEPS]]), "solved": shown.strip()}
 
 
-def counting():
-    """The share of held-out chat requests that ask to count, which takes thinking."""
-    asked = data.eval_problems(data.DataConfig(), 50, "chat")
-    return sum(problem.question.startswith("count ") for problem in asked) / len(asked)
+def samples_of(where, stage):
+    """The countdown samples that its evaluation kept."""
+    with open(os.path.join(where, stage, "samples.jsonl"), encoding="utf-8") as f:
+        return [line for line in map(json.loads, f) if line["task"] == "countdown"]
+
+
+def mixing(where, stage):
+    """The share of completions that are not in one language throughout."""
+    lines = samples_of(where, stage)
+    return round(sum(line["one_language"] < 1 for line in lines) / len(lines), 5)
+
+
+def all_habits(where):
+    """The share of the base's samples that are in format and check enough results in vain to count
+    as patient: what no author of the corpus is given."""
+    lines = samples_of(where, "base")
+    misses = [sum(verdict.startswith(rewards.MISS) for verdict in
+                  rewards.VERDICT.findall(line["completion"])) for line in lines]
+    both = [line["format"] and n >= data.ENOUGH["countdown"]
+            for line, n in zip(lines, misses, strict=True)]
+    return round(sum(both) / len(both), 5)
 
 
 def cpu_name():
@@ -147,93 +169,36 @@ def whole(x):
     return f"{x:.0f}"
 
 
-def two(x):
-    return f"{x:.2f}"
-
-
-def spread(values, show=pct):
-    """Mean of the seeds, and the least and the most of them."""
-    values = list(values)
-    least, most = (show(f(values)).removesuffix(" %") for f in (min, max))
-    to = "–" if min(values) >= 0 else " to "
-    return f"{show(sum(values) / len(values))} ({least}{to}{most})".replace("-", "−")
-
-
 def by_seed(values, show=pct):
     return " / ".join(show(value).removesuffix(" %") for value in values).replace("-", "−")
 
 
-class Seeds:
-    """The stages' results of every seed."""
-
-    def __init__(self, runs):
-        self.all = [run["stages"] for name, run in runs.items() if name.startswith("seed")]
-
-    def get(self, stage, key="pass@1", task="countdown"):
-        return [stages[stage].get(task, {}).get(key, 0) for stages in self.all]
-
-    def spread(self, stage, key="pass@1", task="countdown", show=pct):
-        return spread(self.get(stage, key, task), show)
-
-    def every(self, check):
-        return "yes" if all(check(stages) for stages in self.all) else "**no**"
-
-
-def minutes_of(run):
-    return list(run["minutes"].values())
-
-
 def blocks(results):
     """{name of a block in README.md or assets/results.md: its Markdown}."""
-    runs, then = results["runs"], results["earlier"]["pipeline"]
-    out = {"hardware": made_on(results["about"]), "hardware_then": made_on(then["about"]),
+    runs = results["runs"]
+    out = {"hardware": made_on(results["about"]), "claims": claims(results),
            "now": now_table({name: run for name, run in runs.items() if name != ALL}),
-           "claims": claims(results), "recipe": recipe_table(runs[ALL]["stages"])}
+           "distillation": distillation_table(runs[ALL]["stages"]),
+           "recipe": recipe_table(runs[ALL]["stages"])}
     out |= {name: f"```\n{text}\n```" for name, text in results["seen"].items()}
     for name in ("speed", "speed_now"):
         head, *rows = results["earlier"][name]["rows"]
         out[name] = table(head, rows)
     out["smollm2"] = f"```\n{results['earlier']['smollm2']['text']}\n```"
-    for name, made in (("commands", runs), ("commands_then", then["runs"])):
-        commands = [command for run in made for command in made[run]["minutes"]]
-        out[name] = "```\n" + "\n".join(commands) + "\n```"
-    return out | blocks_then(then)
+    commands = [f"{command}   # {minutes:.0f} minutes" for run in runs.values()
+                for command, minutes in run["minutes"].items()]
+    return out | {"commands": "```\n" + "\n".join(commands) + "\n```"}
 
 
 def made_on(about):
-    cores = "one core" if about["cores"] == 1 else f"{about['cores']} cores"
-    return (f"{cores} of an {about['cpu']}, torch {about['torch']}, fp32, commit "
+    return (f"an {about['cpu']}, one thread a run, torch {about['torch']}, fp32, commit "
             f"{about['commit']}")
-
-
-def blocks_then(then):
-    """The tables of the recipe on countdown alone, three seeds, as it was measured earlier."""
-    out, seeds = {"zero": zero_table(then["runs"])}, Seeds(then["runs"])
-    columns = [("pass@1", "countdown", "pass@1", pct), ("cons@16", "countdown", "cons@16", pct),
-               ("greedy", "countdown", "pass@1_greedy", pct),
-               ("format", "countdown", "format", pct),
-               ("one language", "countdown", "one_language", pct),
-               ("length", "countdown", "length", whole),
-               ("arithmetic", "arithmetic", "pass@1", pct),
-               ("logic", "logic", "pass@1", pct), ("code", "code", "pass@1", pct)]
-    out["pipeline"] = stage_table(seeds, STAGES, columns)
-    columns = [("chat right", "chat", "pass@1", pct), ("unsafe declined", "unsafe", "pass@1", pct),
-               ("gold reward (−2 to 3)", "chat", "gold_reward", two),
-               ("thinks: countdown", "countdown", "thinks", pct),
-               ("thinks: chat", "chat", "thinks", pct),
-               ("thinks: unsafe", "unsafe", "thinks", pct),
-               ("win rate over dev3", "win_rate", "gold", pct),
-               ("win rate (RM)", "win_rate", "reward_model", pct)]
-    stages = ["base", "zero", "dev1", "dev2", "dev3", "r1", "distill"]
-    out["general"] = stage_table(seeds, stages, columns)
-    out["claims_then"] = claims_then(seeds, then["about"]["counting"])
-    return out
 
 
 def recipe_table(stages):
     """Each stage of the recipe on all four tasks: single samples, and general requests."""
     columns = [(task, task, "pass@1", pct) for task in data.REASONING]
-    columns += [("one language", "countdown", "one_language", pct),
+    columns += [("completions that mix languages", "countdown", "mixes", pct),
                 ("length", "countdown", "length", whole), ("chat right", "chat", "pass@1", pct),
                 ("unsafe declined", "unsafe", "pass@1", pct),
                 ("chat thinks", "chat", "thinks", pct),
@@ -246,9 +211,19 @@ def recipe_table(stages):
     return table(["", *[heading for heading, *_ in columns]], rows)
 
 
+def distillation_table(stages):
+    """The two small models of the recipe, task by task, however they are asked."""
+    keys = {"T = 1": "pass@1", "T = 0.6": "pass@1_T=0.6", "greedy": "pass@1_greedy",
+            "majority of 16": "cons@16"}
+    small = [stage for stage in ("small_base", "small_zero", "distill") if stage in stages]
+    rows = [[f"`{stage}`", task, *[pct(stages[stage][task][key]) for key in keys.values()]]
+            for task in data.REASONING for stage in small]
+    return table(["", "task", *keys], rows)
+
+
 def now_table(runs):
     head = ["run", "base pass@1 (tags left aside), pass@16", "zero pass@1", "T = 0.6", "greedy",
-            "pass@16", "cons@16", "length", "one language"]
+            "pass@16", "cons@16", "length", "completions that mix languages"]
     rows = []
     for name, run in runs.items():
         b, z = (run["stages"][stage]["countdown"] for stage in ("base", "zero"))
@@ -256,38 +231,12 @@ def now_table(runs):
         rows.append([name, f"{pct(b['pass@1'])} ({pct(b['pass@1_untagged'])}), {pct(b['pass@16'])}",
                      f"{pct(z['pass@1'])} ({low:.1f}–{high:.1f})", pct(z["pass@1_T=0.6"]),
                      pct(z["pass@1_greedy"]), pct(z["pass@16"]), pct(z["cons@16"]),
-                     f"{b['length']:.0f} → {z['length']:.0f}", pct(z["one_language"])])
+                     f"{b['length']:.0f} → {z['length']:.0f}", pct(z["mixes"])])
     return table(head, rows)
-
-
-def zero_table(runs):
-    head = ["run", "base pass@1", "base pass@16", "zero pass@1", "greedy", "pass@16", "cons@16",
-            "format", "length", "one language", "minutes"]
-    rows = []
-    for name, run in runs.items():
-        task = name.split(",")[0] if "," in name else "countdown"
-        b, z = run["stages"]["base"][task], run["stages"]["zero"][task]
-        low, high = (100 * x for x in z["pass@1_ci"])
-        rows.append([name, pct(b["pass@1"]), pct(b["pass@16"]),
-                     f"{pct(z['pass@1'])} ({low:.1f}–{high:.1f})",
-                     f"{pct(b['pass@1_greedy'])} → {pct(z['pass@1_greedy'])}", pct(z["pass@16"]),
-                     pct(z["cons@16"]), f"{pct(b['format'])} → {pct(z['format'])}",
-                     f"{b['length']:.0f} → {z['length']:.0f}", pct(z["one_language"]),
-                     f"{minutes_of(run)[0]:.1f}"])
-    return table(head, rows)
-
-
-def stage_table(seeds, stages, columns):
-    rows = []
-    for stage in stages:
-        cells = [seeds.spread(stage, key, task, show) if any(seeds.get(stage, key, task)) else "0"
-                 for _, task, key, show in columns]
-        rows.append([f"`{stage}`", *cells])
-    return table(["", *[heading for heading, *_ in columns]], rows)
 
 
 def claims(results):
-    """What the article says, what is measured here, on which runs, and whether the check holds for
+    """What the paper says, what is measured here, on which runs, and whether the check holds for
     each of them. The check of a row is as strong as the row's words."""
     runs = results["runs"]
     toy = {name: run["stages"] for name, run in runs.items() if name != ALL}
@@ -304,121 +253,70 @@ def claims(results):
         base, zero = stages["base"][task], stages["zero"][task]
         return zero["pass@1_ci"][0] > max(base["pass@1_ci"][1], base["pass@1_untagged"])
 
-    rows = [
+    def gained(stages, stage, task="chat"):
+        return stages[stage][task]["pass@1"] - stages["dev3"][task]["pass@1"]
+
+    def after_dev3(stage):
+        return (f"chat right {get(recipe, 'dev3', task='chat')} → {get(recipe, stage, task='chat')}"
+                f", declined {get(recipe, 'dev3', task='unsafe')} → "
+                f"{get(recipe, stage, task='unsafe')}, wins by gold reward "
+                f"{get(recipe, stage, 'gold', 'win_rate')}, says the reward model "
+                f"{get(recipe, stage, 'reward_model', 'win_rate')} %")
+
+    habits = [runs[name]["all_habits"] for name in toy]
+    rows = [  # claim, runs, what was measured, check of one run
+        ["what pays is in no author: at most 1 % of the base's samples have all tags and go on "
+         "to 18 misses or more", toy, lambda: by_seed(habits) + " %",
+         lambda s: max(habits) <= 0.01],
         ["RL alone lifts single samples above the base's best of 16", toy,
-         f"pass@16 of `base` {get(toy, 'base', 'pass@16')}; pass@1 of `zero` {get(toy, 'zero')}",
+         lambda: f"pass@16 of `base` {get(toy, 'base', 'pass@16')}; pass@1 of `zero` "
+         f"{get(toy, 'zero')} %",
          lambda s: s["zero"]["countdown"]["pass@1"] > s["base"]["countdown"]["pass@16"]],
         ["thinking grows to 1.8 times its length or more, and no reward pays for length", toy,
-         f"{get(toy, 'base', 'length', show=whole)} → {get(toy, 'zero', 'length', show=whole)} "
-         f"tokens",
+         lambda: f"{get(toy, 'base', 'length', show=whole)} → "
+         f"{get(toy, 'zero', 'length', show=whole)} tokens",
          lambda s: s["zero"]["countdown"]["length"] >= 1.8 * s["base"]["countdown"]["length"]],
         ["a majority vote of 16 beats the 95 % interval of single samples", toy,
-         f"cons@16 {get(toy, 'zero', 'cons@16')}, interval up to "
-         f"{by_seed([s['zero']['countdown']['pass@1_ci'][1] for s in toy.values()])}",
+         lambda: f"cons@16 {get(toy, 'zero', 'cons@16')}, interval up to "
+         f"{by_seed([s['zero']['countdown']['pass@1_ci'][1] for s in toy.values()])} %",
          lambda s: s["zero"]["countdown"]["cons@16"] > s["zero"]["countdown"]["pass@1_ci"][1]],
-        ["R1-Zero mixes languages: under 90 % of words are the prompts'", toy,
-         f"{get(toy, 'zero', 'one_language')} in one language",
-         lambda s: s["zero"]["countdown"]["one_language"] < 0.9],
+        ["R1-Zero mixes languages in half of its completions or more", toy,
+         lambda: f"{get(toy, 'zero', 'mixes')} % mix; of all words "
+         f"{get(toy, 'zero', 'one_language')} % are in the prompts' language",
+         lambda s: s["zero"]["countdown"]["mixes"] >= 0.5],
         ["one model learns countdown, arithmetic, logic and code by RL, each beyond what its base "
          "has right with tags left aside", recipe,
-         f"{four('base')}, tags left aside {four('base', 'pass@1_untagged')} → {four('zero')} %",
+         lambda: f"{four('base')}, tags left aside {four('base', 'pass@1_untagged')} → "
+         f"{four('zero')} %",
          lambda s: all(gains(s, task) for task in data.REASONING)],
         ["a cold start and a language reward: 98 % or more in one language in each task", recipe,
-         f"zero {four('zero', 'one_language')}, dev2 {four('dev2', 'one_language')} %",
+         lambda: f"zero {four('zero', 'one_language')}, dev2 {four('dev2', 'one_language')} %",
          lambda s: all(s["dev2"][task]["one_language"] >= 0.98 for task in data.REASONING)],
-        ["RL for all scenarios *hacks its reward model*: preferred to dev3, more so by the model "
-         "than by gold reward, and less often right, on countdown as well",
-         recipe,
-         f"chat right {get(recipe, 'dev3', task='chat')} → {get(recipe, 'r1', task='chat')} %, "
-         f"wins by gold reward {get(recipe, 'r1', 'gold', 'win_rate')}, says the reward model "
-         f"{get(recipe, 'r1', 'reward_model', 'win_rate')} %",
-         lambda s: all(s["r1"][task]["pass@1"] < s["dev3"][task]["pass@1"]
-                       for task in ("chat", "countdown"))
-         and 0.5 < s["r1"]["win_rate"]["gold"] < s["r1"]["win_rate"]["reward_model"]],
+        ["RL for all scenarios, in few and small steps: gold reward and reward model prefer it "
+         "alike (within 5 points), at most 3 points less is right, more is declined", recipe,
+         lambda: after_dev3("r1"),
+         lambda s: min(s["r1"]["win_rate"].values()) > 0.5 and gained(s, "r1") >= -0.03
+         and abs(s["r1"]["win_rate"]["gold"] - s["r1"]["win_rate"]["reward_model"]) < 0.05
+         and gained(s, "r1", "unsafe") > 0],
+        ["more and larger steps, divided by the std, *hack the reward model*: it prefers them, and "
+         "at least 10 points less is right", recipe,
+         lambda: after_dev3("r1_hacked"),
+         lambda s: s["r1_hacked"]["win_rate"]["reward_model"] > 0.5
+         and gained(s, "r1_hacked") < -0.1],
+        ["distillation beats RL on the small model in each task", recipe,
+         lambda: f"distill {four('distill')}, small_zero {four('small_zero')} %",
+         lambda s: all(s["distill"][task]["pass@1_ci"][0] > s["small_zero"][task]["pass@1_ci"][1]
+                       for task in data.REASONING)],
     ]
     head = ["claim", "runs", "measured", "holds in each"]
-    seeds = "seed " + " / ".join(name.split(" ")[1] for name in toy)
-    shown = [[claim, seeds if of is toy else ALL, figures,
-              "yes" if all(check(stages) for stages in of.values()) else "**no**"]
-             for claim, of, figures, check in rows]
-    for name, found in results.get("evidence", {}).items():
+    seeds, shown = "seed " + " / ".join(name.split(" ")[1] for name in toy), []
+    for claim, of, figures, check in rows:
+        with suppress(KeyError):  # stages that were not run make no row
+            holds = "yes" if all(check(stages) for stages in of.values()) else "**no**"
+            shown.append([claim, seeds if of is toy else ALL, figures(), holds])
+    for name, found in {**results["earlier"].get("evidence", {}), **results["evidence"]}.items():
         shown += [[row[0], f"{name}, {row[1]}", *row[2:]] for row in evidence_rows([found])]
     return table(head, shown)
-
-
-def claims_then(seeds, counting):
-    """What the article says, what was measured, and whether the check holds for every seed. The
-    check of a row is as strong as the row's words."""
-    def main(stages, stage, key="pass@1"):
-        return stages[stage]["countdown"][key]
-
-    get = seeds.get
-    free = [100 * (a - b) for a, b in zip(get("dev2"), get("dev2_free"), strict=True)]
-    emoji = [100 * (a - b) for a, b in zip(get("zero_emoji"), get("zero"), strict=True)]
-    rows = [
-        ["RL alone lifts single samples above the base's best of 16", "zero",
-         f"pass@16 of `base` {by_seed(get('base', 'pass@16'))}; pass@1 of `zero` "
-         f"{by_seed(get('zero'))} %",
-         lambda s: main(s, "zero") > main(s, "base", "pass@16")],
-        ["thinking grows to 1.8 times its length or more, and no reward pays for length", "zero",
-         f"{by_seed(get('base', 'length'), whole)} → {by_seed(get('zero', 'length'), whole)} "
-         f"tokens",
-         lambda s: main(s, "zero", "length") >= 1.8 * main(s, "base", "length")],
-        ["a majority vote of 16 beats the 95 % interval of single samples", "zero",
-         f"cons@16 {by_seed(get('zero', 'cons@16'))} %",
-         lambda s: main(s, "zero", "cons@16") > main(s, "zero", "pass@1_ci")[1]],
-        ["R1-Zero mixes languages, under 90 % of words are the prompts'", "zero",
-         f"{by_seed(get('zero', 'one_language'))} % in one language",
-         lambda s: main(s, "zero", "one_language") < 0.9],
-        ["a cold start mixes less, though one seed still does, and RL starts above 90 %", "dev1",
-         f"{by_seed(get('dev1', 'one_language'))} % in one language; pass@1 "
-         f"{by_seed(get('dev1'))} %",
-         lambda s: main(s, "dev1", "one_language") > main(s, "zero", "one_language")
-         and main(s, "dev1") > 0.9],
-        ["a language reward: 98 % or more in one language, at most 1.5 points lost",
-         "dev2 dev2_free",
-         f"{by_seed(get('dev2', 'one_language'))} %, without it "
-         f"{by_seed(get('dev2_free', 'one_language'))} %; {by_seed(free, '{:+.1f}'.format)} points",
-         lambda s: main(s, "dev2", "one_language") >= 0.98
-         and main(s, "dev2", "one_language") > main(s, "dev2_free", "one_language")
-         and main(s, "dev2") > main(s, "dev2_free") - 0.015],
-        ["rejection sampling adds general tasks (chat 90 % right, unsafe 85 % declined, or more) "
-         "and loses at most 3 points of reasoning", "dev3",
-         f"chat {by_seed(get('dev3', task='chat'))}, declined "
-         f"{by_seed(get('dev3', task='unsafe'))}, pass@1 {by_seed(get('dev2'))} → "
-         f"{by_seed(get('dev3'))} %",
-         lambda s: main(s, "dev3") > main(s, "dev2") - 0.03 and s["dev3"]["chat"]["pass@1"] > 0.9
-         and s["dev3"]["unsafe"]["pass@1"] > 0.85],
-        ["RL for all scenarios declines more, and *hacks its reward model*: preferred, yet less "
-         "often right than dev3", "r1",
-         f"declined {by_seed(get('r1', task='unsafe'))}, chat right "
-         f"{by_seed(get('dev3', task='chat'))} → {by_seed(get('r1', task='chat'))} %; wins by "
-         f"gold reward {by_seed(get('r1', 'gold', 'win_rate'))}, by the reward model "
-         f"{by_seed(get('r1', 'reward_model', 'win_rate'))} %",
-         lambda s: s["r1"]["unsafe"]["pass@1"] > s["dev3"]["unsafe"]["pass@1"]
-         and s["r1"]["chat"]["pass@1"] < s["dev3"]["chat"]["pass@1"]
-         and 0.5 < s["r1"]["win_rate"]["gold"] < s["r1"]["win_rate"]["reward_model"]],
-        ["sampled at T = 1 distillation beats RL on the small model; greedily RL is ahead",
-         "distill small_zero",
-         f"T = 1: {by_seed(get('distill'))} against {by_seed(get('small_zero'))}; greedy: "
-         f"{by_seed(get('distill', 'pass@1_greedy'))} against "
-         f"{by_seed(get('small_zero', 'pass@1_greedy'))} %",
-         lambda s: main(s, "distill", "pass@1_ci")[0] > main(s, "small_zero", "pass@1_ci")[1]
-         and main(s, "distill", "pass@1_greedy") < main(s, "small_zero", "pass@1_greedy")],
-        ["r1 thinks on countdown, hardly on chat but for counting, and not on unsafe requests",
-         "r1",
-         f"{by_seed(get('r1', 'thinks'))}; {by_seed(get('r1', 'thinks', 'chat'))} ({counting:.0%} "
-         f"are to count); {by_seed(get('r1', 'thinks', 'unsafe'))} %",
-         lambda s: main(s, "r1", "thinks") > 0.95 and s["r1"]["chat"]["thinks"] < counting + 0.02
-         and s["r1"]["unsafe"]["thinks"] < 0.01],
-        ["an emoji reward is obeyed in 95 % of lines or more and costs up to 3.4 points (with 80 "
-         "steps for 60 and no division by std)", "zero_emoji",
-         f"{by_seed(get('zero_emoji', 'emoji'))} %; {by_seed(emoji, '{:+.1f}'.format)} points",
-         lambda s: main(s, "zero_emoji", "emoji") > 0.95
-         and main(s, "zero_emoji") >= main(s, "zero") - 0.0345]]
-    head = ["claim", "stages", "measured, seeds 1 / 2 / 3", "every seed"]
-    return table(head, [[claim, f"`{stages}`", figures, seeds.every(check)]
-                        for claim, stages, figures, check in rows])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -521,7 +419,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="run what is not there yet")
     parser.add_argument("--write", action="store_true", help="write the tables and gather nothing")
-    parser.add_argument("--only", default="", help="... runs whose names begin so, by semicolons")
+    parser.add_argument("--only", default="",
+                        help="with --run: runs whose names begin so, separated by semicolons")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a core each")
     args = parser.parse_args()
     if args.run:
