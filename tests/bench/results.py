@@ -303,6 +303,11 @@ def claims(results):
          lambda: after_dev3("r1_hacked"),
          lambda s: s["r1_hacked"]["win_rate"]["reward_model"] > 0.5
          and gained(s, "r1_hacked") < -0.1],
+        ["distillation brings a model a quarter as large to within 10 points of r1 in each task",
+         recipe, lambda: f"small_base {four('small_base')} → distill {four('distill')}; r1 "
+         f"{four('r1')} %",
+         lambda s: all(s["distill"][task]["pass@1"] > s["r1"][task]["pass@1"] - 0.1
+                       for task in data.REASONING)],
         ["distillation beats RL on the small model in each task", recipe,
          lambda: f"distill {four('distill')}, small_zero {four('small_zero')} %",
          lambda s: all(s["distill"][task]["pass@1_ci"][0] > s["small_zero"][task]["pass@1_ci"][1]
