@@ -308,7 +308,7 @@ def claims(results):
          f"{four('r1')} %",
          lambda s: all(s["distill"][task]["pass@1"] > s["r1"][task]["pass@1"] - 0.1
                        for task in data.REASONING)],
-        ["distillation beats RL on the small model in each task", recipe,
+        ["distillation beats RL on the small model in each task, beyond 95 % intervals", recipe,
          lambda: f"distill {four('distill')}, small_zero {four('small_zero')} %",
          lambda s: all(s["distill"][task]["pass@1_ci"][0] > s["small_zero"][task]["pass@1_ci"][1]
                        for task in data.REASONING)],
