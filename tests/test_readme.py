@@ -1,4 +1,5 @@
 """The README keeps its word: its figures are the results file's, its code and commands run."""
+import importlib.util
 import json
 import os
 import re
@@ -92,15 +93,28 @@ def test_the_code_in_the_readme_is_the_code():
         assert f"`{stage}`" in README
 
 
-def variant(name):
+@pytest.fixture
+def as_module(tmp_path, monkeypatch):
+    """Imports a text, such as code of the README, as a module."""
+    def load(text):
+        (tmp_path / "written.py").write_text(text, "utf-8")
+        spec = importlib.util.spec_from_file_location("written", tmp_path / "written.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "written", module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+    return load
+
+
+@pytest.fixture
+def variant(as_module):
     """grpo.py with the README's line for a variant in place of the line that it names."""
-    row = next(line for line in README.splitlines() if line.startswith(f"| {name}"))
-    old, new = re.findall("`([^`]+)`", row)
-    assert source("grpo.py").count(old) == 1
-    module = types.ModuleType("variant")
-    sys.modules["variant"] = module  # dataclasses look their module up
-    exec(source("grpo.py").replace(old, new), vars(module))  # our own code, one line changed
-    return module
+    def load(name):
+        row = next(line for line in README.splitlines() if line.startswith(f"| {name}"))
+        old, new = re.findall("`([^`]+)`", row)
+        assert source("grpo.py").count(old) == 1
+        return as_module(source("grpo.py").replace(old, new))
+    return load
 
 
 def batch():
@@ -112,14 +126,14 @@ def batch():
     return logp, logp_old, torch.tensor([1.5, -1.0, 0.5, -0.2]).double(), mask
 
 
-def test_the_variant_rloo_compares_with_the_mean_of_the_others():
+def test_the_variant_rloo_compares_with_the_mean_of_the_others(variant):
     rewards = torch.tensor([[1.0, 0.0, 0.5, 0.0]])
     others = [rewards[0, [j for j in range(4) if j != i]].mean() for i in range(4)]
     got = variant("RLOO").group_advantages(rewards)[0]
     assert torch.allclose(got, rewards[0] - torch.stack(others))
 
 
-def test_the_variant_gspo_has_one_ratio_per_completion():
+def test_the_variant_gspo_has_one_ratio_per_completion(variant):
     (logp, logp_old, adv, mask), cfg = batch(), GRPOConfig(kl_coef=0.0)
     loss, _ = variant("GSPO").grpo_loss(logp, logp_old, None, adv, mask, cfg)
     losses = []
@@ -132,7 +146,7 @@ def test_the_variant_gspo_has_one_ratio_per_completion():
     assert torch.allclose(got, wanted, atol=1e-12)
 
 
-def test_the_variant_cispo_keeps_the_gradient_of_clipped_tokens():
+def test_the_variant_cispo_keeps_the_gradient_of_clipped_tokens(variant):
     (logp, logp_old, adv, mask), cfg = batch(), GRPOConfig(kl_coef=0.0, loss_norm="token")
     loss, _ = variant("CISPO").grpo_loss(logp, logp_old, None, adv, mask, cfg)
     weight = (logp - logp_old).detach().exp().clamp(max=1.2)
@@ -142,12 +156,11 @@ def test_the_variant_cispo_keeps_the_gradient_of_clipped_tokens():
     assert torch.allclose(got, wanted, atol=1e-12) and (got[mask] != 0).all()
 
 
-def test_the_new_task_of_the_readme_works_as_written(tmp_path, monkeypatch):
+def test_the_new_task_of_the_readme_works_as_written(tmp_path, monkeypatch, as_module):
     definition, registration = PYTHON[:2]
     monkeypatch.setattr(data, "TASKS", dict(data.TASKS))
     monkeypatch.setattr(rewards, "VERIFIERS", dict(rewards.VERIFIERS))
-    names = {**vars(rewards), **vars(data)}
-    exec(definition + registration, names)  # the README's own code, nothing that a model said
+    as_module("from rewards import *\nfrom data import *\n" + definition + registration)
     problem = data.draw_problem(data.DataConfig(task="largest"), generators(1)[0])
     assert rewards.is_right(problem, f"<answer>{max(problem.numbers)}</answer>")
     assert not rewards.is_right(problem, f"<answer>{min(problem.numbers)}</answer>")
@@ -156,11 +169,11 @@ def test_the_new_task_of_the_readme_works_as_written(tmp_path, monkeypatch):
     assert found["largest"]["problems"] == 3
 
 
-def test_the_reward_of_the_readme_works_as_written(monkeypatch):
+def test_the_reward_of_the_readme_works_as_written(monkeypatch, as_module):
     parser = types.SimpleNamespace(parse=str, verify=str.__eq__)  # stands in for math-verify
     monkeypatch.setitem(sys.modules, "math_verify", parser)
     monkeypatch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
-    exec(PYTHON[2], vars(rewards).copy())  # the README's own code
+    as_module("from rewards import *\n" + PYTHON[2])
     problem = data.Problem("file", "?", (), "7")
     texts = ["<answer>7</answer>", "<answer>8</answer>", ""]
     assert rewards.REWARDS["algebra"]([problem] * 3, texts) == [1, 0, 0]
@@ -183,16 +196,15 @@ def test_every_command_of_the_readme_is_one_that_there_is():
                 assert flag == "--help" or flag[2:] in text, (command, flag)
 
 
-def test_the_adapters_of_the_readme_judge_as_our_rewards_do():
-    names = {"data": data, "rewards": rewards}
-    exec(PYTHON[3] + PYTHON[4], names)  # the README's own code
-    names["problems"] = [data.Problem("arithmetic", "what is 1+2", (1, 2), 3)]
+def test_the_adapters_of_the_readme_judge_as_our_rewards_do(as_module):
+    ours = as_module("import data\nimport rewards\n" + PYTHON[3] + PYTHON[4])
+    ours.problems = [data.Problem("arithmetic", "what is 1+2", (1, 2), 3)]
     texts = ["<think>1</think><answer>3</answer>", "<answer>4</answer>"]
     said = [[{"role": "assistant", "content": text}] for text in texts]
-    assert names["in_trl"](rewards.accuracy)(said, problem=[0, 0], prompts=said) == [1, 0]
+    assert ours.in_trl(rewards.accuracy)(said, problem=[0, 0], prompts=said) == [1, 0]
     extra = {"question": "what is 1+2", "numbers": [1, 2]}
-    scores = [names["compute_score"]("arithmetic", text, 3, extra) for text in texts]
-    assert scores == rewards.score(names["problems"] * 2, texts, rewards.RewardConfig())[0]
+    scores = [ours.compute_score("arithmetic", text, 3, extra) for text in texts]
+    assert scores == rewards.score(ours.problems * 2, texts, rewards.RewardConfig())[0]
     assert PYTHON[3] in source("tests/bench/trl_train.py")
 
 

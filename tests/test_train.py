@@ -476,7 +476,7 @@ def test_a_run_goes_on_sampling_in_the_dtype_that_it_began_with(finished, rounde
         assert train.Run("zero", given).sample_dtype == want
 
 
-def test_all_tasks_are_read_trained_on_and_evaluated_alike(tmp_path, capsys):
+def test_all_four_tasks_are_read_trained_on_and_evaluated(tmp_path, capsys):
     run(tmp_path, "zero", "--task=all", "--prompts_per_step=8")
     found = sample.read_results(tmp_path / "zero")
     assert all("pass@1_greedy" in found[task] for task in data.REASONING)

@@ -292,8 +292,9 @@ def claims(results):
         ["a cold start and a language reward: 98 % or more in one language in each task", recipe,
          lambda: f"zero {four('zero', 'one_language')}, dev2 {four('dev2', 'one_language')} %",
          lambda s: all(s["dev2"][task]["one_language"] >= 0.98 for task in data.REASONING)],
-        ["RL for all scenarios, in few and small steps: gold reward and reward model prefer it "
-         "alike (within 5 points), at most 3 points less is right, more is declined", recipe,
+        ["RL for all scenarios, in few and small steps: gold reward and reward model both prefer "
+         "it, their win rates within 5 points; at most 3 points less is right; more is declined",
+         recipe,
          lambda: after_dev3("r1"),
          lambda s: min(s["r1"]["win_rate"].values()) > 0.5 and gained(s, "r1") >= -0.03
          and abs(s["r1"]["win_rate"]["gold"] - s["r1"]["win_rate"]["reward_model"]) < 0.05
