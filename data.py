@@ -696,8 +696,8 @@ def write_logic(problem, cfg, habits, rng):
 
 
 def write_code(problem, cfg, habits, rng):
-    """Tries slopes: the rest follows from the first test, small as it always is, and the second
-    one is checked."""
+    """Tries slopes. The rest follows from the first test (above 9 nobody tries it), and the second
+    test is checked."""
     x, y, x2, y2 = problem.numbers
     trials = []
     for slope in "123456789x":
@@ -806,7 +806,7 @@ TASKS = {
     "file": Task(draw_from_file, in_corpus=False),
 }
 REASONING = ("countdown", "arithmetic", "logic", "code")  # --task=all
-GENERAL = ("chat", "unsafe")  # judged by the reward model; not for accuracy and language
+GENERAL = ("chat", "unsafe")  # the reward model judges these; accuracy and language do not
 
 
 def corpus_batch(cfg, tok, rng, rows, length):

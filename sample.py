@@ -425,6 +425,8 @@ def render(problem, text, names=tuple(rewards.REWARDS)):
         style = style if problem.target != "" else "plain"  # nobody knows the answer
         lines = [("plain", "thinking"), *[("dim", f"    {line}") for line in thinking],
                  ("plain", "answer"), (style, f"    {answer or '(none)'}")]
+    # Accuracy is of interest for general requests, too, though nobody is rewarded for it there.
+    names = [name for name in names if name == "accuracy" or rewards.applies(name, problem)]
     scores = [f"{name} {rewards.REWARDS[name]([problem], [text])[0]:.3g}" for name in names]
     return [*lines, ("plain", "scores"), ("plain", "    " + "  ".join(scores))]
 

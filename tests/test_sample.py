@@ -437,6 +437,16 @@ def test_thinking_is_dim_and_an_answer_green_or_red():
     assert sample.render(ADD, "")[0] == ("plain", "(nothing)")
 
 
+def test_only_rewards_that_judge_a_problem_are_shown_beside_whether_it_is_right():
+    text = "<think>\n</think>\n<answer>red fox</answer>"
+    judged = {"chat": [], "unsafe": ["harmless"], "countdown": ["language"]}
+    for task, own in judged.items():
+        problem = data.Problem(task, "shorten very red fox", (), "red fox")
+        names = ["accuracy", "format", "language", "harmless"]
+        *_, (_, scores) = sample.render(problem, text, names)
+        assert scores.split()[::2] == ["accuracy", "format", *own]
+
+
 def test_colours_are_for_terminals(monkeypatch):
     assert sample.paint("right", "x") == "x"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)

@@ -320,7 +320,7 @@ def claims(results):
         with suppress(KeyError):  # stages that were not run make no row
             holds = "yes" if all(check(stages) for stages in of.values()) else "**no**"
             shown.append([claim, seeds if of is toy else ALL, figures(), holds])
-    for name, found in {**results["earlier"].get("evidence", {}), **results["evidence"]}.items():
+    for name, found in results["evidence"].items():
         shown += [[row[0], f"{name}, {row[1]}", *row[2:]] for row in evidence_rows([found])]
     return table(head, shown)
 
