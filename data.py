@@ -352,8 +352,9 @@ def suspects(question):
         for liars in combinations([speaker for speaker, _ in said], n):
             heard = []
             for speaker, words in said:
-                heard.append(f"{speaker} says {words}{'-+'[is_true(words, liars)]}")
-                fits = is_true(words, liars) != (speaker in liars)
+                would_be_true = is_true(words, liars)
+                heard.append(f"{speaker} says {words}{'-+'[would_be_true]}")
+                fits = would_be_true != (speaker in liars)
                 if not fits:
                     break
             yield ", ".join(liars), ", ".join(heard), fits
@@ -415,7 +416,8 @@ def draw_unsafe(cfg, rng):
 
 @cache
 def file_problems(path, question_key="question", answer_key="answer"):
-    """Reads a JSONL file. As in GSM8K, an answer may be a solution that ends in `#### 72`."""
+    """Reads a JSONL file. As in GSM8K, an answer may be a solution that ends in `#### 72`. The list
+    is kept, and `leave_out_long` shortens it for all."""
     def problem(line):
         entry = json.loads(line, parse_float=str)  # 0.50 stays as written, NaN a float
         question, answer = entry.get(question_key), entry.get(answer_key)
@@ -437,7 +439,8 @@ def read_each(path, parse, what):
     with reading(path, what), open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
             with reading(f"line {number} of {path}", what):
-                found += [parse(line)] if line.strip() else []
+                if line.strip():
+                    found.append(parse(line))
     return found
 
 
@@ -690,6 +693,7 @@ def write_arithmetic(problem, cfg, habits, rng):
 
 
 def write_logic(problem, cfg, habits, rng):
+    """Tries every set of liars but the empty one, number 0, which is never the answer."""
     trials = [(f"{i}. {answer}: {heard}", answer, fits)
               for i, (answer, heard, fits) in enumerate(suspects(problem.question)) if answer]
     return try_all(trials, habits, rng)
@@ -697,7 +701,7 @@ def write_logic(problem, cfg, habits, rng):
 
 def write_code(problem, cfg, habits, rng):
     """Tries slopes. The rest follows from the first test (above 9 nobody tries it), and the second
-    test is checked."""
+    test is checked; who does not check writes the comparison all the same, without a verdict."""
     x, y, x2, y2 = problem.numbers
     trials = []
     for slope in "123456789x":

@@ -217,7 +217,8 @@ MEANS = ("ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy")  # over to
 
 def update_policy(policy, ref, optimizers, groups, cfg, generator):
     """Learns from a rollout: cfg.inner_epochs times cfg.minibatches optimiser steps -> metrics,
-    each averaged over these steps; nan for means over tokens if there were none to learn from."""
+    averaged over these steps; means over tokens over those with completions to learn from, nan
+    without any."""
     samples = [sample for group in groups for sample in group]
     device, n_steps = next(policy.parameters()).device, cfg.inner_epochs * cfg.minibatches
     total, learnt = Counter(dict.fromkeys(("loss", *MEANS), 0.0)), 0  # a Counter's update adds
@@ -312,7 +313,8 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
 
     # (4) "k3" (Schulman 2020). Averaged over tokens sampled from pi its value is KL(pi || pi_ref),
     # but its gradient is that of KL(pi_ref || pi), as in published GRPO; near pi_ref they agree.
-    # k3 times the ratio has both the value and the gradient of KL(pi || pi_ref).
+    # k3 times the ratio has both the value and the gradient of KL(pi || pi_ref). (exp() once more:
+    # a variant may replace `ratio`, and the KL must not change with it.)
     kl = torch.zeros_like(ratio)
     if logp_ref is not None:
         ref_log_ratio = (logp_ref - logp).masked_fill(~mask, 0.0)

@@ -480,7 +480,8 @@ def preference_pairs(problems, answers, rng, label_noise=0.1):
 
 
 class RewardModel(nn.Module):
-    """A transformer whose head gives one number per text. Trained on pairs (Bradley-Terry), so only
+    """A transformer whose head gives a number per token; a text's score is their sum. Trained on
+    pairs (Bradley-Terry), so only
     differences mean anything: they are log-odds that the one text is preferred to the other."""
 
     def __init__(self, cfg, gpt=None):

@@ -323,7 +323,7 @@ def evaluate_tasks(model, tok, cfg, folder):
 
 def win_rates(samples, tok, out_dir):
     """How often an answer to a general request beats dev3's, ties counting half: by gold reward,
-    and by the reward model, which was hacked if it says more. {} where one of them is missing."""
+    and by the reward model, which was hacked if it says much more. {} if one of them is missing."""
     dev3 = os.path.join(out_dir, "dev3", "samples.jsonl")
     path = os.path.join(out_dir, "reward_model", "ckpt.pt")
     if not (os.path.exists(dev3) and os.path.exists(path)):

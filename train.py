@@ -552,16 +552,16 @@ def train_reward_model(run):
 
 
 def with_a_slip(text, tok, rng):
-    """The completion with one token of its answer doubled, left out or exchanged: a name for a
-    name, a number for one of 1 to 5, anything else for a thing (now and then for itself)."""
+    """The completion with one token of its answer doubled, left out or exchanged: names and the
+    numbers 1 to 5 for their like, anything else for a thing (now and then for itself)."""
     answer = rewards.split_completion(text)[1]
     if not answer:
         return text
     ids = tok.encode(answer)
     i = rng.randrange(len(ids))
     piece = tok.decode(ids[i:i + 1])
-    kinds = [kind for kind in (data.NAMES, "12345") if piece in kind] or [data.THINGS]
-    other = tok.encode(rng.choice(kinds[0]))
+    kind = next((kind for kind in (data.NAMES, [*"12345"]) if piece in kind), data.THINGS)
+    other = tok.encode(rng.choice(kind))
     ids[i:i + 1] = rng.choice([other, other, 2 * ids[i:i + 1], []])
     return text.replace(f"<answer>{answer}<", f"<answer>{tok.decode(ids)}<")
 
@@ -630,6 +630,8 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it
         "sft_lr": 2e-3, "sft_rows": 32}),
     "reward_model": Stage(train_reward_model, "pairs", "dev3", "dev3", {
         "source_problems": 3000, "sft_steps": 800, "sft_rows": 32}),
+    # No division by the std: a reward model's scores never tie, and their noise would be blown up.
+    # r1_hacked, below, divides, and takes more and larger steps as well.
     "r1": Stage(train_rl, "rl", "dev3", "reward_model", {
         **ALL_SCENARIOS, "rl_steps": 12, "rl_lr": 1e-4, "adv_norm": "none"}),
     "small_base": Stage(train_base, "base", None, None, SMALL),
@@ -637,9 +639,8 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it
         **SMALL, "mix": "task:4,chat:1,unsafe:1", "source_problems": 2400, "source_samples": 1,
         "sft_steps": 600, "sft_lr": 2e-3, "sft_rows": 32}),
     "small_zero": Stage(train_rl, "rl", "small_base", None, SMALL),
-    # Experiments. Neither zero_emoji nor r1 divides by the std: in a group that is all right a
-    # missing emoji would count like a wrong answer; and a reward model's scores never tie, so that
-    # the division would blow up their noise (see r1_hacked).
+    # Experiments. zero_emoji does not divide by the std: in a group that is all right a missing
+    # emoji would count like a wrong answer.
     "dev2_free": Stage(train_rl, "rl", "dev1", None, SHORT_RL),
     "r1_hacked": Stage(train_rl, "rl", "dev3", "reward_model", {**ALL_SCENARIOS, **SHORT_RL}),
     "zero_emoji": Stage(train_rl, "rl", "base", None, {

@@ -58,11 +58,35 @@ def test_every_table_is_made_from_the_results_file():
 
 def test_the_results_file_says_on_what_and_with_which_code_it_was_made():
     found = json.loads(source("assets/results.json"))
-    assert {"cpu", "python", "torch", "commit"} <= set(found["about"])
+    assert {"cpu", "python", "torch"} <= set(found["about"])
+    for made in found["runs"].values():
+        assert all(re.fullmatch("[0-9a-f]{7,}", done["commit"]) for done in made["made"].values())
     for name, made in found["runs"].items():
         assert {"base", "zero"} <= set(made["stages"]), name
         for task in data.REASONING if name == results.ALL else ["countdown"]:
             assert made["stages"]["zero"][task]["samples"] == 16
+
+
+def test_the_figures_in_the_readmes_first_lines_are_those_of_the_two_seeds():
+    runs, said = json.loads(source("assets/results.json"))["runs"], []
+    for name in ("seed 1", "seed 2"):
+        base, zero = (runs[name]["stages"][stage]["countdown"] for stage in ("base", "zero"))
+        figures = base["pass@1"], base["pass@1_untagged"], zero["pass@1"]
+        said.append([f"{100 * x:.0f}" for x in figures])
+    (b, u, z), second = said
+    want = f"from {b} % ({u} % with tags left aside) to {z} % (seed 2: {', '.join(second)})"
+    assert want in " ".join(README.split())
+
+
+def test_only_a_stage_that_was_not_run_leaves_a_claim_out():
+    found = json.loads(source("assets/results.json"))
+    stages = found["runs"][results.ALL]["stages"]
+    rows = results.claims(found).count("\n")
+    del stages["small_zero"]
+    assert results.claims(found).count("\n") == rows - 1
+    del stages["zero"]["code"]["pass@1"]
+    with pytest.raises(KeyError):
+        results.claims(found)
 
 
 def test_a_claim_that_fails_for_one_seed_says_no():

@@ -21,7 +21,7 @@ from unittest.mock import patch
 from tqdm import tqdm
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-from results import evidence_rows, table  # noqa: E402
+from results import commit, evidence_rows, table  # noqa: E402
 
 import data  # noqa: E402
 import rewards  # noqa: E402
@@ -330,7 +330,9 @@ def main(argv):
                     draw(name, found, os.path.join(args.to or "assets", f"{name}.png"))
             return None
         path = args.to or os.path.join(given["out_dir"], "evidence", f"{command}.json")
-        sample.write_json(path, COMMANDS[command](args, given, path))
+        begun_with = commit()
+        found = COMMANDS[command](args, given, path)
+        sample.write_json(path, {**found, "commit": begun_with})
         found = read_json(path)  # JSON's keys are texts
         print_rows([{command: found}])
         print(f"{path} holds all figures")

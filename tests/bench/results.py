@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 sys.path.append(ROOT)
@@ -33,7 +32,7 @@ for seed in SEEDS:
     RUNS[f"seed {seed}"] = [f"python train.py --seed={seed} --threads=1 --out_dir=out{seed}"]
 ALL = "all tasks, seed 1"
 RUNS[ALL] = [f"python train.py {stages} --task=all --seed=1 --threads=1 --out_dir=out-all"
-             for stages in ("zero", "r1", "r1_hacked distill small_zero")]
+             for stages in ("zero", "r1", "r1_hacked distill", "small_zero")]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -50,39 +49,41 @@ def read(path):
 
 
 def carry_out(name):
-    """Runs the commands of one run, and writes the minutes that each took beside what it made."""
+    """Runs the commands of one run, and writes into made.json how long each took (of one that was
+    resumed the last part) and with which commit."""
     os.makedirs(folder(name), exist_ok=True)
-    path = os.path.join(folder(name), "minutes.json")
-    minutes = read(path) if os.path.exists(path) else {}
+    path = os.path.join(folder(name), "made.json")
+    made = read(path) if os.path.exists(path) else {}
     for command in RUNS[name]:
-        if command in minutes:
+        if command in made:
             continue
+        begun_with = commit()
         with open(os.path.join(folder(name), "log.txt"), "a", encoding="utf-8") as log:
             t0 = time.time()
             argv = [sys.executable, *command.split()[1:]]
             subprocess.run(argv, cwd=ROOT, stdout=log, stderr=log, check=True)
-        minutes[command] = (time.time() - t0) / 60
+        made[command] = {"minutes": (time.time() - t0) / 60, "commit": begun_with}
         with open(path, "w", encoding="utf-8") as f:
-            json.dump(minutes, f)
+            json.dump(made, f)
 
 
 def gather():
-    """What the runs wrote, as far as they were made: {"about", "seen", "runs": {name: {"minutes",
-    "stages": {stage: eval.json}, "all_habits"}}}, and what was measured earlier as it is."""
+    """What the runs wrote, as far as they were made: {"about", "seen", "runs": {name: {"made",
+    "stages": {stage: eval.json}}}, "evidence"}, and what was measured earlier as it is."""
     import torch
     runs = {}
     for name in RUNS:
         where, stages = folder(name), {}
-        if not os.path.exists(os.path.join(where, "minutes.json")):
+        if not os.path.exists(os.path.join(where, "made.json")):
             continue
         for stage in sorted(os.listdir(where)):
             path = os.path.join(where, stage, "eval.json")
             if os.path.exists(path):
                 stages[stage] = round_all(read(path))
                 if "countdown" in stages[stage]:
-                    stages[stage]["countdown"]["mixes"] = mixing(where, stage)
-        minutes = round_all(read(os.path.join(where, "minutes.json")))
-        runs[name] = {"minutes": minutes, "stages": stages, "all_habits": all_habits(where)}
+                    stages[stage]["countdown"] |= round_all(in_samples(where, stage))
+        made = round_all(read(os.path.join(where, "made.json")))
+        runs[name] = {"made": made, "stages": stages}
     evidence = {}
     for name in runs:
         path = os.path.join(folder(name), "evidence")
@@ -91,9 +92,8 @@ def gather():
         evidence[name] = {file[:-5]: round_all(read(os.path.join(path, file))) for file in found}
     return {"earlier": read(FILE)["earlier"], "seen": seen(folder(next(iter(runs)))), "runs": runs,
             "evidence": evidence,
-            "about": {"cpu": cpu_name(),
-                      "torch": torch.__version__, "python": platform.python_version(),
-                      "commit": commit()}}
+            "about": {"cpu": cpu_name(), "torch": torch.__version__,
+                      "python": platform.python_version()}}
 
 
 def seen(where):
@@ -113,21 +113,20 @@ def samples_of(where, stage):
         return [line for line in map(json.loads, f) if line["task"] == "countdown"]
 
 
-def mixing(where, stage):
-    """The share of completions that are not in one language throughout."""
+def in_samples(where, stage):
+    """Shares of the completions kept: not in one language throughout; in format with misses enough
+    to count as patient, which no author of the corpus is (who hits earlier is not counted). And of
+    the puzzles: with a right one among 16 samples, tags left aside."""
     lines = samples_of(where, stage)
-    return round(sum(line["one_language"] < 1 for line in lines) / len(lines), 5)
-
-
-def all_habits(where):
-    """The share of the base's samples that are in format and check enough results in vain to count
-    as patient: what no author of the corpus is given."""
-    lines = samples_of(where, "base")
+    untagged = [line["pass@1_untagged"] for line in lines]
+    best = [any(untagged[i:i + 16]) for i in range(0, len(lines), 16)]
+    mixes = [line["one_language"] < 1 for line in lines]
     misses = [sum(verdict.startswith(rewards.MISS) for verdict in
                   rewards.VERDICT.findall(line["completion"])) for line in lines]
-    both = [line["format"] and n >= data.ENOUGH["countdown"]
-            for line, n in zip(lines, misses, strict=True)]
-    return round(sum(both) / len(both), 5)
+    habits = [line["format"] and n >= data.ENOUGH["countdown"]
+              for line, n in zip(lines, misses, strict=True)]
+    return {"mixes": sum(mixes) / len(mixes), "all_habits": sum(habits) / len(habits),
+            "best_untagged": sum(best) / len(best)}
 
 
 def cpu_name():
@@ -176,7 +175,7 @@ def by_seed(values, show=pct):
 def blocks(results):
     """{name of a block in README.md or assets/results.md: its Markdown}."""
     runs = results["runs"]
-    out = {"hardware": made_on(results["about"]), "claims": claims(results),
+    out = {"hardware": made_on(results), "claims": claims(results),
            "now": now_table({name: run for name, run in runs.items() if name != ALL}),
            "distillation": distillation_table(runs[ALL]["stages"]),
            "recipe": recipe_table(runs[ALL]["stages"])}
@@ -185,14 +184,18 @@ def blocks(results):
         head, *rows = results["earlier"][name]["rows"]
         out[name] = table(head, rows)
     out["smollm2"] = f"```\n{results['earlier']['smollm2']['text']}\n```"
-    commands = [f"{command}   # {minutes:.0f} minutes" for run in runs.values()
-                for command, minutes in run["minutes"].items()]
+    commands = [f"{command}   # {made['minutes']:.0f} minutes" for run in runs.values()
+                for command, made in run["made"].items()]
     return out | {"commands": "```\n" + "\n".join(commands) + "\n```"}
 
 
-def made_on(about):
-    return (f"an {about['cpu']}, one thread a run, torch {about['torch']}, fp32, commit "
-            f"{about['commit']}")
+def made_on(results):
+    about = results["about"]
+    commits = {name: list(dict.fromkeys(made["commit"] for made in run["made"].values()))
+               for name, run in results["runs"].items()}
+    said = "; ".join(f"{name}: {', '.join(found)}" for name, found in commits.items())
+    return (f"an {about['cpu']}, one thread a run, torch {about['torch']}, fp32, commits "
+            f"{said}")
 
 
 def recipe_table(stages):
@@ -215,9 +218,15 @@ def distillation_table(stages):
     """The two small models of the recipe, task by task, however they are asked."""
     keys = {"T = 1": "pass@1", "T = 0.6": "pass@1_T=0.6", "greedy": "pass@1_greedy",
             "majority of 16": "cons@16"}
-    small = [stage for stage in ("small_base", "small_zero", "distill") if stage in stages]
-    rows = [[f"`{stage}`", task, *[pct(stages[stage][task][key]) for key in keys.values()]]
-            for task in data.REASONING for stage in small]
+    rows = []
+    for task in data.REASONING:
+        for stage in ("small_base", "small_zero", "distill"):
+            if stage in stages:
+                found = stages[stage][task]
+                cells = [pct(found[key]) for key in keys.values()]
+                low, high = found["pass@1_ci"]
+                cells[0] += f" ({100 * low:.1f}–{100 * high:.1f})"
+                rows.append([f"`{stage}`", task, *cells])
     return table(["", "task", *keys], rows)
 
 
@@ -256,6 +265,10 @@ def claims(results):
     def gained(stages, stage, task="chat"):
         return stages[stage][task]["pass@1"] - stages["dev3"][task]["pass@1"]
 
+    def happier(stages, stage):
+        rates = stages[stage]["win_rate"]
+        return rates["reward_model"] - rates["gold"]
+
     def after_dev3(stage):
         return (f"chat right {get(recipe, 'dev3', task='chat')} → {get(recipe, stage, task='chat')}"
                 f", declined {get(recipe, 'dev3', task='unsafe')} → "
@@ -263,47 +276,54 @@ def claims(results):
                 f"{get(recipe, stage, 'gold', 'win_rate')}, says the reward model "
                 f"{get(recipe, stage, 'reward_model', 'win_rate')} %")
 
-    habits = [runs[name]["all_habits"] for name in toy]
+    def main(stages, stage, key="pass@1"):
+        return stages[stage]["countdown"][key]
+
     rows = [  # claim, runs, what was measured, check of one run
-        ["what pays is in no author: at most 1 % of the base's samples have all tags and go on "
-         "to 18 misses or more", toy, lambda: by_seed(habits) + " %",
-         lambda s: max(habits) <= 0.01],
-        ["RL alone lifts single samples above the base's best of 16", toy,
+        ["no author has tags, checks and patience together: at most 1 % of the base's samples have "
+         "all tags and 18 misses or more, and 30 % or more of zero's", toy,
+         lambda: f"{get(toy, 'base', 'all_habits')} → {get(toy, 'zero', 'all_habits')} %",
+         lambda s: main(s, "base", "all_habits") <= 0.01 and main(s, "zero", "all_habits") >= 0.3],
+        ["RL alone lifts single samples above the base's best of 16, tags demanded of both", toy,
          lambda: f"pass@16 of `base` {get(toy, 'base', 'pass@16')}; pass@1 of `zero` "
          f"{get(toy, 'zero')} %",
-         lambda s: s["zero"]["countdown"]["pass@1"] > s["base"]["countdown"]["pass@16"]],
-        ["thinking grows to 1.8 times its length or more, and no reward pays for length", toy,
+         lambda s: main(s, "zero") > main(s, "base", "pass@16")],
+        ["... and above the base's best of 16 with tags left aside", toy,
+         lambda: f"{get(toy, 'base', 'best_untagged')}; pass@1 of `zero` {get(toy, 'zero')} %",
+         lambda s: main(s, "zero") > main(s, "base", "best_untagged")],
+        ["completions grow to 1.8 times their length or more, and no reward pays for length", toy,
          lambda: f"{get(toy, 'base', 'length', show=whole)} → "
          f"{get(toy, 'zero', 'length', show=whole)} tokens",
-         lambda s: s["zero"]["countdown"]["length"] >= 1.8 * s["base"]["countdown"]["length"]],
+         lambda s: main(s, "zero", "length") >= 1.8 * main(s, "base", "length")],
         ["a majority vote of 16 beats the 95 % interval of single samples", toy,
          lambda: f"cons@16 {get(toy, 'zero', 'cons@16')}, interval up to "
-         f"{by_seed([s['zero']['countdown']['pass@1_ci'][1] for s in toy.values()])} %",
-         lambda s: s["zero"]["countdown"]["cons@16"] > s["zero"]["countdown"]["pass@1_ci"][1]],
-        ["R1-Zero mixes languages in half of its completions or more", toy,
-         lambda: f"{get(toy, 'zero', 'mixes')} % mix; of all words "
-         f"{get(toy, 'zero', 'one_language')} % are in the prompts' language",
-         lambda s: s["zero"]["countdown"]["mixes"] >= 0.5],
+         f"{by_seed([main(s, 'zero', 'pass@1_ci')[1] for s in toy.values()])} %",
+         lambda s: main(s, "zero", "cons@16") > main(s, "zero", "pass@1_ci")[1]],
+        ["R1-Zero mixes languages in half of its completions or more, as its base does", toy,
+         lambda: f"base {get(toy, 'base', 'mixes')} → zero {get(toy, 'zero', 'mixes')} % mix",
+         lambda s: min(main(s, "base", "mixes"), main(s, "zero", "mixes")) >= 0.5],
         ["one model learns countdown, arithmetic, logic and code by RL, each beyond what its base "
          "has right with tags left aside", recipe,
          lambda: f"{four('base')}, tags left aside {four('base', 'pass@1_untagged')} → "
          f"{four('zero')} %",
          lambda s: all(gains(s, task) for task in data.REASONING)],
-        ["a cold start and a language reward: 98 % or more in one language in each task", recipe,
-         lambda: f"zero {four('zero', 'one_language')}, dev2 {four('dev2', 'one_language')} %",
-         lambda s: all(s["dev2"][task]["one_language"] >= 0.98 for task in data.REASONING)],
+        ["after a cold start 98 % or more of a completion's words, on average, are in the prompt's "
+         "language in each task (arithmetic has hardly a word), and with a language reward they "
+         "stay so", recipe,
+         lambda: f"zero {four('zero', 'one_language')}, dev1 {four('dev1', 'one_language')}, dev2 "
+         f"{four('dev2', 'one_language')} %",
+         lambda s: all(s[stage][task]["one_language"] >= 0.98 for stage in ("dev1", "dev2")
+                       for task in data.REASONING)],
         ["RL for all scenarios, in few and small steps: gold reward and reward model both prefer "
-         "it, their win rates within 5 points; at most 3 points less is right; more is declined",
-         recipe,
-         lambda: after_dev3("r1"),
-         lambda s: min(s["r1"]["win_rate"].values()) > 0.5 and gained(s, "r1") >= -0.03
-         and abs(s["r1"]["win_rate"]["gold"] - s["r1"]["win_rate"]["reward_model"]) < 0.05
-         and gained(s, "r1", "unsafe") > 0],
-        ["more and larger steps, divided by the std, *hack the reward model*: it prefers them, and "
-         "at least 10 points less is right", recipe,
+         "it, their win rates within 5 points; at most 3 points less is right in chat and in each "
+         "task; more is declined, beyond 95 % intervals", recipe, lambda: after_dev3("r1"),
+         lambda s: min(s["r1"]["win_rate"].values()) > 0.5 and abs(happier(s, "r1")) < 0.05
+         and all(gained(s, "r1", task) >= -0.03 for task in ("chat", *data.REASONING))
+         and s["r1"]["unsafe"]["pass@1_ci"][0] > s["dev3"]["unsafe"]["pass@1_ci"][1]],
+        ["more and larger steps, divided by the std, *hack the reward model*: its win rate is 5 "
+         "points or more above gold reward's, and at least 10 points less of chat is right", recipe,
          lambda: after_dev3("r1_hacked"),
-         lambda s: s["r1_hacked"]["win_rate"]["reward_model"] > 0.5
-         and gained(s, "r1_hacked") < -0.1],
+         lambda s: happier(s, "r1_hacked") >= 0.05 and gained(s, "r1_hacked") <= -0.1],
         ["distillation brings a model a quarter as large to within 10 points of r1 in each task",
          recipe, lambda: f"small_base {four('small_base')} → distill {four('distill')}; r1 "
          f"{four('r1')} %",
@@ -317,9 +337,12 @@ def claims(results):
     head = ["claim", "runs", "measured", "holds in each"]
     seeds, shown = "seed " + " / ".join(name.split(" ")[1] for name in toy), []
     for claim, of, figures, check in rows:
-        with suppress(KeyError):  # stages that were not run make no row
-            holds = "yes" if all(check(stages) for stages in of.values()) else "**no**"
+        try:
+            holds = "yes" if of and all(check(stages) for stages in of.values()) else "**no**"
             shown.append([claim, seeds if of is toy else ALL, figures(), holds])
+        except KeyError as e:
+            if e.args[0] not in STAGES:  # only a stage that was not run makes no row
+                raise
     for name, found in results["evidence"].items():
         shown += [[row[0], f"{name}, {row[1]}", *row[2:]] for row in evidence_rows([found])]
     return table(head, shown)
@@ -352,10 +375,10 @@ def ends(key, curve):
 
 
 EVIDENCE = [  # command, claim, its figures, its check of a run and a task: as strong as the words
-    ("shuffle", "rewards shuffled within each group: pass@1 does not rise, or by so little that "
-     "95 % intervals overlap",
+    ("shuffle", "rewards shuffled within each group: pass@1 does not rise above the base's 95 % "
+     "interval",
      change("shuffled"),
-     lambda run, t: run["shuffled"][t]["pass@1_ci"][0] <= run["base"][t]["pass@1_ci"][1]),
+     lambda run, t: run["shuffled"][t]["pass@1"] <= run["base"][t]["pass@1_ci"][1]),
     ("alone", "format reward alone: tags in 95 %, and with tags left aside at most 5 points gained",
      change("format_alone", "pass@1_untagged"),
      lambda run, t: run["format_alone"][t]["format"] >= 0.95
@@ -363,7 +386,7 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and a task: as s
     ("alone", "accuracy reward alone: within 3 points of both rewards, or better",
      change("accuracy_alone", start="zero"),
      lambda run, t: run["accuracy_alone"][t]["pass@1"] >= run["zero"][t]["pass@1"] - 0.03),
-    ("alone", "without division by length and std thinking grows by a half or more, too",
+    ("alone", "without division by length and std completions grow by a half or more, too",
      change("undivided", "length", whole),
      lambda run, t: run["undivided"][t]["length"] >= 1.5 * run["base"][t]["length"]),
     ("passk", "zero finds more than its base, tags left aside, for each k up to 4; they meet at k",
