@@ -98,7 +98,7 @@ class GPTConfig:
     qkv_bias: bool = opt(False, "bias on q, k, v (Qwen2)")
     o_bias: bool = opt(False, "bias on the attention's output (Llama's attention_bias)")
     mlp_bias: bool = opt(False, "bias on the MLP's matrices (Llama's mlp_bias)")
-    qk_norm: bool = opt(False, "RMSNorm on each head's q and k before RoPE (Qwen3)")
+    qk_norm: bool = opt(True, "RMSNorm on each head's q and k before RoPE (Qwen3)")
     tied: bool = opt(True, "output head shares the embedding's weights")
 
     def rules(self):
@@ -218,7 +218,8 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.d_head).transpose(1, 2)  # (B, H or K, T, D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
+        q, k = (apply_rope(norm(y.to(cos.dtype)), cos, sin)  # in fp32 also under autocast
+                for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         if cache is not None:
             k, v = cache.append(k, v)  # all columns so far
         if T == 1:
@@ -567,7 +568,8 @@ def token_logps(model, tokens, temperature=1.0, mask=None, chunk_floats=2**24):
     mask = torch.ones_like(target, dtype=torch.bool) if mask is None else mask.bool()
 
     def logp_of(h, target):
-        logp = F.log_softmax(model.head(h) / temperature, dim=-1)
+        # Dividing h divides the logits, which are many more numbers.
+        logp = F.log_softmax(model.head(h.float() / temperature), dim=-1)
         return logp.gather(-1, target[:, None])[:, 0]
 
     h, target = h[mask], target[mask]  # (n, C), (n,)

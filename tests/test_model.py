@@ -173,7 +173,7 @@ def test_only_the_distance_between_positions_matters(tiny):
     assert torch.allclose(tiny.trunk(idx, start), tiny.trunk(idx, later), atol=1e-4)
 
 
-OPTIONS = [{}, {"qkv_bias": True}, {"o_bias": True, "mlp_bias": True}, {"qk_norm": True},
+OPTIONS = [{}, {"qkv_bias": True}, {"o_bias": True, "mlp_bias": True}, {"qk_norm": False},
            {"tied": False}, {"n_kv_head": 1}, {"n_kv_head": 4, "head_dim": 6}]
 
 

@@ -53,7 +53,8 @@ def arguments(doc, rounds, **options):
 
 def build(shape, dtype=torch.float32, device="cpu", **changes):
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{**SHAPES[shape], **changes})).to(device, dtype)
+    shape = {"qk_norm": False, **SHAPES[shape], **changes}  # a Llama
+    return GPT(GPTConfig(**shape)).to(device, dtype)
 
 
 def random_prompts(n, cfg):
