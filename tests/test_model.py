@@ -145,11 +145,15 @@ def test_attention_equals_a_plain_loop_over_heads(tiny):
     def part(proj, i):  # one head's share of a projection
         return (x @ proj.weight.T)[..., i * cfg.d_head:(i + 1) * cfg.d_head]
 
+    def turned(y, norm):
+        y = y / (y.square().mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * norm.weight
+        return apply_rope(y, cos[:6], sin[:6])
+
     outs = []
     for h in range(cfg.n_head):
         kv = h // (cfg.n_head // cfg.n_kv_head)
         q, k, v = part(attn.q_proj, h), part(attn.k_proj, kv), part(attn.v_proj, kv)
-        q, k = apply_rope(q, cos[:6], sin[:6]), apply_rope(k, cos[:6], sin[:6])
+        q, k = turned(q, attn.q_norm), turned(k, attn.k_norm)
         scores = (q @ k.transpose(1, 2)) / math.sqrt(cfg.d_head)
         scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
         outs.append(scores.softmax(-1) @ v)
