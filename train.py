@@ -85,7 +85,7 @@ from sample import (
 
 @dataclass
 class TrainConfig:
-    base_steps: int = opt(1200, "optimiser steps of next-token training", least=1)
+    base_steps: int = opt(1500, "optimiser steps of next-token training", least=1)
     base_lr: float = opt(5e-3, "its peak learning rate", above=0, most=1)
     base_rows: int = opt(12, "rows of packed documents per step", least=1)
     base_length: int = opt(352, "tokens per row", least=1)
