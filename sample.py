@@ -346,7 +346,7 @@ def win_rates(samples, tok, out_dir):
 
 def rejection_sample(problems, texts, filters, rank=None):
     """The first of texts[i], completions of problems[i], that passes all filters {name: (problem,
-    text) -> bool}; with a `rank` the highest, and only the better half of all -> ((problem, text)
+    text) -> bool}; with a `rank` the highest, and only each task's better half -> ((problem, text)
     rows, {filter: how many passed it})."""
     passed, rows = Counter(), []
     for problem, said in zip(problems, texts, strict=True):
@@ -355,9 +355,13 @@ def rejection_sample(problems, texts, filters, rank=None):
             passed[name] += len(said)
         if said:
             rows.append((problem, max(said, key=partial(rank, problem)) if rank else said[0]))
-    if rank:
-        rows = sorted(rows, key=lambda row: -rank(*row))[:(len(rows) + 1) // 2]
-    return rows, passed
+    if not rank:
+        return rows, passed
+    best = []
+    for task in dict.fromkeys(problem.task for problem, _ in rows):
+        own = [row for row in rows if row[0].task == task]
+        best += sorted(own, key=lambda row: -rank(*row))[:(len(own) + 1) // 2]
+    return best, passed
 
 
 def write_lines(path, lines):

@@ -128,7 +128,7 @@ LORA_DEFAULTS = {"rl_lr": 1e-5, "sft_lr": 1e-4}  # there with --lora_rank: adapt
 TASK_DEFAULTS = {  # what suits a task better: of short documents, more and smaller steps
     "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
     "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
-    "all": {"base_steps": 2400, "rl_steps": 100, "rl_lr": 2.5e-4, "prompts_per_step": 24,
+    "all": {"base_steps": 2400, "rl_steps": 100, "prompts_per_step": 24,
             "source_problems": 800, "sft_steps": 100, "eval_problems": 100},
 }
 

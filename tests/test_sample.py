@@ -190,21 +190,33 @@ def test_rejection_sampling_keeps_the_first_that_passes_every_filter():
     assert list(passed.items()) == [("no x", 3 + 1 + 2), ("short", 2 + 0 + 2)]
 
 
+def of_task(*tasks):
+    return [data.Problem(task, f"number {i}", (), "") for i, task in enumerate(tasks)]
+
+
 def test_with_a_rank_it_keeps_the_highest_and_then_the_better_half():
     texts = [["a", "bb"], ["c", "d"], ["ee", "fff"], ["g"], ["x"]]
-    rows, passed = sample.rejection_sample([1, 2, 3, 4, 5], texts, {"no x": no_x}, length)
-    assert rows == [(3, "fff"), (1, "bb")] and passed["no x"] == 7  # of four, two
+    asked = of_task(*5 * ["code"])
+    rows, passed = sample.rejection_sample(asked, texts, {"no x": no_x}, length)
+    assert rows == [(asked[2], "fff"), (asked[0], "bb")] and passed["no x"] == 7  # of four, two
+
+
+def test_the_better_half_is_taken_of_each_task_by_itself():
+    asked = of_task("logic", "code", "logic", "code")
+    rows, _ = sample.rejection_sample(asked, [["aaaa"], ["b"], ["ccc"], ["dd"]], {}, length)
+    assert rows == [(asked[0], "aaaa"), (asked[3], "dd")]
 
 
 def test_of_equal_ranks_the_earlier_sample_and_problem_are_kept():
-    texts = [["a", "b"], ["c", "d"], ["e", "f"]]
-    rows, _ = sample.rejection_sample([1, 2, 3], texts, {}, length)
-    assert rows == [(1, "a"), (2, "c")]  # half of three is two
+    asked = of_task(*3 * ["code"])
+    rows, _ = sample.rejection_sample(asked, [["a", "b"], ["c", "d"], ["e", "f"]], {}, length)
+    assert rows == [(asked[0], "a"), (asked[1], "c")]  # half of three is two
 
 
 def test_if_nothing_passes_there_are_no_rows():
-    assert sample.rejection_sample([1], [["x"]], {"no x": no_x}) == ([], {"no x": 0})
-    assert sample.rejection_sample([1], [["x"]], {"no x": no_x}, length)[0] == []
+    nothing = of_task("code"), [["x"]], {"no x": no_x}
+    assert sample.rejection_sample(*nothing) == ([], {"no x": 0})
+    assert sample.rejection_sample(*nothing, length)[0] == []
 
 
 # ---------------------------------------------------------------------------------------- win rates
