@@ -472,7 +472,7 @@ def draw_problem(cfg, rng, task=None, held_out=False):
 
 
 def draws(cfg, rng, task, held_out, tries):
-    """Yields those of so many problems that lie in one part and are no worked example."""
+    """Draws so many problems; yields those of the part wanted that are no worked example."""
     examples = {example.key for example, *_ in EXAMPLES} if cfg.shots else ()
     is_split = task == "file" and cfg.eval_data  # into two files
     if is_split and held_out:

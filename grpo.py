@@ -23,8 +23,8 @@ of its tokens, the gradient of the expectation can be estimated from samples:
 
 So sample, and push each sample's log-probs up in proportion to its reward. Any baseline b that does
 not depend on the sample may be subtracted from the reward: E[b grad log pi] = b grad sum_o pi(o) =
-0, so the mean gradient stays, and its noise becomes less. PPO, the usual algorithm before it,
-trains a second network to guess a baseline; GRPO takes the mean of the group.
+0, so the mean gradient stays, and a b near the mean reward lowers its noise. PPO, the usual
+algorithm before it, trains a second network to guess that mean; GRPO takes the group's.
 
 For every problem q sample o_1 ... o_G from the policy as it is now, pi_old, and reward them with
 r_1 ... r_G. All tokens o_t of a completion have its advantage A. Then
@@ -43,8 +43,8 @@ once its ratio has moved by eps in the direction that A asks for. beta keeps the
 reference while it chases the reward.
 
 Read on in the order in which the code runs: settings, `train_grpo` (the loop), then what it calls:
-`group_advantages` (1), `update_policy`, `grpo_loss` (2)-(5). Token ids only: `env`, which train.py
-hands in, draws problems, turns ids into text, and rewards it.
+`group_advantages` (1), `update_policy`, `grpo_loss` (2)-(5). All of that works on token ids: `env`,
+which train.py hands in, draws problems, turns ids into text, and rewards it.
 """
 import math
 import time
@@ -122,7 +122,7 @@ class GRPOConfig:
 @dataclass
 class Sample(Completion):
     """A completion (its prompt, ids, logps, truncated) and what became of it."""
-    problem: object = None  # what `env.draw` made, passed on to `env.reward`
+    problem: object = None  # what `env.draw` made; `env.reward` and the log read it
     text: str = ""       # what the reward reads
     reward: float = 0.0  # the weighted sum of its parts
     parts: dict = field(default_factory=dict)  # {name of a reward: its value}
@@ -217,8 +217,8 @@ MEANS = ("ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy")  # over to
 
 def update_policy(policy, ref, optimizers, groups, cfg, generator):
     """Learns from a rollout: cfg.inner_epochs times cfg.minibatches optimiser steps -> metrics,
-    averaged over these steps; means over tokens over those with completions to learn from, nan
-    without any."""
+    averaged over these steps; those in MEANS only over steps that had a completion to learn from,
+    nan if none had."""
     samples = [sample for group in groups for sample in group]
     device, n_steps = next(policy.parameters()).device, cfg.inner_epochs * cfg.minibatches
     total, learnt = Counter(dict.fromkeys(("loss", *MEANS), 0.0)), 0  # a Counter's update adds
@@ -264,9 +264,9 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
 
 
 def collate(samples, device):
-    """N samples, right-padded -> tokens (N, T); mask (N, T-1) of those of tokens[:, 1:] that belong
-    to a completion (its end token, too: stopping is learnt); the log-probs (N, T-1) that these were
-    sampled with; advantages (N,)."""
+    """N samples, right-padded -> tokens (N, T + 1); mask (N, T) of those of tokens[:, 1:] that
+    belong to a completion (its end token, too: stopping is learnt); the log-probs (N, T) that these
+    were sampled with; advantages (N,)."""
     tokens = pad_sequence([torch.tensor(s.prompt + s.ids) for s in samples], batch_first=True)
     starts = torch.tensor([len(s.prompt) for s in samples])[:, None]
     ends = torch.tensor([len(s) for s in samples])[:, None]

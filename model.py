@@ -90,10 +90,10 @@ class GPTConfig:
     mlp_dim: int = opt(256, "hidden width of the SwiGLU MLP", least=1)
     context: int = opt(512, "longest sequence, in tokens", least=1)
     rope_theta: float = opt(10000.0, "RoPE base", above=0)
-    rope_factor: float = opt(1.0, "Llama 3.1 RoPE scaling: long waves slowed by this", least=1)
-    rope_low: float = opt(1.0, "... up to this many turns within rope_original in full", above=0)
-    rope_high: float = opt(4.0, "... and from this many turns on not at all", above=0)
-    rope_original: int = opt(8192, "... the context before scaling", least=1)
+    rope_factor: float = opt(1.0, "Llama 3.1 RoPE scaling: its factor", least=1)
+    rope_low: float = opt(1.0, "... its low_freq_factor", above=0)
+    rope_high: float = opt(4.0, "... its high_freq_factor", above=0)
+    rope_original: int = opt(8192, "... its original context", least=1)
     norm_eps: float = opt(1e-6, "RMSNorm epsilon", least=0)
     qkv_bias: bool = opt(False, "bias on q, k, v (Qwen2)")
     o_bias: bool = opt(False, "bias on the attention's output (Llama's attention_bias)")
@@ -343,8 +343,8 @@ class KVCache:
         return self.k[:, :, :self.used], self.v[:, :, :self.used]
 
     def keep(self, rows):
-        """Drops every row but `rows` (a long tensor); the others move up in place, which is faster
-        than a copy of the whole."""
+        """Keeps only `rows` (a long tensor), moved to the front in place, which is faster than a
+        copy of the whole."""
         n, used = len(rows), self.used
         self.k[:n, :, :used] = self.k[rows, :, :used]
         self.v[:n, :, :used] = self.v[rows, :, :used]
@@ -430,7 +430,7 @@ class Completion:
     prompt: list         # token ids
     ids: list            # token ids, the end token included
     logps: torch.Tensor  # (len(ids),) the log-prob that each was sampled with, fp32, on the CPU
-    truncated: bool      # True if no end token came within max_new_tokens
+    truncated: bool      # True if no end came within max_new_tokens
 
 
 @torch.no_grad()
@@ -626,7 +626,7 @@ def set_lr(optimizers, lr):
 
 def apply_gradients(model, optimizers, max_norm):
     """Clips the gradients, takes a step and clears them -> (their norm, 1 if the step was skipped,
-    else 0), as it is if they are not finite: it would leave nothing but NaN."""
+    else 0). Gradients that are not finite would turn every weight into NaN: no step is taken."""
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
     finite = math.isfinite(grad_norm)
     for optimizer in optimizers:

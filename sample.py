@@ -58,7 +58,7 @@ class SampleConfig:
     seed: int = opt(1, "every random choice follows from it", least=0, most=2**63 - 1)
     device: str = opt("auto", "cpu, cuda, cuda:1, or auto: cuda where there is one")
     threads: int = opt(0, "CPU threads; 0 = one per core", least=0)
-    matmul: str = opt("auto", "who multiplies on a CPU, torch or onednn; auto: the faster one here",
+    matmul: str = opt("auto", "what multiplies matrices on a CPU; auto: the faster one here",
                       choices=("auto", "torch", "onednn"))
     init_from: str = opt("", "Hugging Face folder whose model replaces the toy base")
     sample_dtype: str = opt("auto", "weights that sampling runs with; auto: bfloat16 on CUDA",
@@ -70,7 +70,7 @@ class SampleConfig:
         find_device(self.device)
 
 
-REAL_DEFAULTS = {  # with --init_from: the paper's settings, at a size that one GPU can carry
+REAL_DEFAULTS = {  # with --init_from: near the papers' settings, at a size for one GPU
     "template": "base", "context": 2048, "max_new_tokens": 512, "rl_lr": 1e-6, "rl_steps": 200,
     "rl_hold": 0, "base_optimizer": "adamw", "sft_lr": 1e-5, "sft_rows": 8, "sft_steps": 150,
     "save_every": 5, "eval_problems": 100, "eval_samples": 4,
@@ -120,9 +120,9 @@ def sampling_dtype(cfg):
 
 
 def set_up_cpu(cfg, known="auto"):
-    """Sets the CPU's threads, and who multiplies its matrices. What "auto" means is measured once
+    """Sets the CPU's threads, and what multiplies its matrices. What "auto" means is measured once
     and kept in checkpoints (`known`): torch and oneDNN round differently, and a run that goes on
-    must not change."""
+    must not change. A torch without oneDNN's operator multiplies by itself."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.matmul == "auto":
@@ -130,7 +130,8 @@ def set_up_cpu(cfg, known="auto"):
     if cfg.matmul == "auto":
         on_cpu = find_device(cfg.device).type == "cpu"
         cfg.matmul = "onednn" if on_cpu and onednn_pays() else "torch"
-    Linear.onednn = cfg.matmul == "onednn"
+    has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    Linear.onednn = cfg.matmul == "onednn" and has_onednn
 
 
 def for_sampling(model, cfg):
@@ -196,7 +197,7 @@ def one_line_errors(prog, folder=""):
     sys.exit(code)
 
 
-# For what needs none of a run's own problems: their file may have been moved.
+# To ask a model without the problems it was trained on: their file may have been moved.
 NO_FILE = {"task": "countdown", "mix": "", "data": "", "eval_data": ""}
 
 
@@ -399,7 +400,7 @@ class AskConfig:
     target: int = opt(-1, "... and what to make of them")
     n: int = opt(4, "problems, or tries at your own one; with --to tries at each", least=1)
     to: str = opt("", "JSONL file for all prompts and completions, which `train.py sft` reads")
-    problems: int = opt(400, "... of so many problems at most, none of them held out", least=1)
+    problems: int = opt(400, "... training problems to sample, at most", least=1)
     only_right: bool = opt(False, "... that are right: rejection sampling")
     temperature: float = opt(1.0, "0 takes the likeliest token", least=0)
     max_new_tokens: int = opt(0, "longest completion, in tokens; 0 = as in training", least=0)

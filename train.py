@@ -11,7 +11,7 @@
     small_base ─ GRPO: accuracy, format ─────────────────► small_zero    the small model, RL alone
 
     python train.py                         # base, then zero, then a table that compares them
-    python train.py r1 distill small_zero   # all of R1; what is finished is not run again
+    python train.py r1 distill small_zero --task=all --out_dir=out-all   # all of R1
     python train.py table                   # the table again
     python train.py --task=logic --out_dir=out-logic      # or arithmetic, or code
     python train.py --init_from=FOLDER      # GRPO on a real model: a Hugging Face folder
@@ -20,7 +20,7 @@
     python train.py export --ckpt=out/zero/ckpt.pt --export_dir=FOLDER
 
 A stage writes ckpt.pt, metrics.jsonl, rollouts.jsonl, eval.json, samples.jsonl into out_dir/STAGE.
-The same command again resumes a stage that was cut short.
+The same command again resumes a stage that was cut short; what is finished is not run again.
 """
 import copy
 import ctypes
@@ -96,13 +96,13 @@ class TrainConfig:
     sft_steps: int = opt(60, "optimiser steps of fine-tuning, and of the reward model", least=1)
     sft_lr: float = opt(1e-3, "its peak learning rate", above=0, most=1)
     sft_rows: int = opt(24, "traces per step; pairs for the reward model", least=1)
-    source_problems: int = opt(400, "problems that a stage asks the one it learns from", least=1)
+    source_problems: int = opt(400, "problems sampled from the stage it learns from", least=1)
     source_samples: int = opt(8, "samples of each", least=1)
     traces: str = opt("", "JSONL file of prompts and completions, or of chat messages, for `sft`, "
                       "from which zero then starts")
     lora_rank: int = opt(0, "train adapters of this rank, all else frozen; 0: the whole model",
                          least=0)
-    lora_alpha: float = opt(32.0, "... which count lora_alpha / lora_rank", above=0)
+    lora_alpha: float = opt(32.0, "... scaled by lora_alpha / lora_rank", above=0)
     general_replies: int = opt(600, "scripted replies to general requests, for dev3", least=1)
     label_noise: float = opt(0.1, "share of preferences that are wrong", least=0, most=0.5)
     autocast: str = opt("auto", "training's matrix products in bfloat16; auto: on CUDA",
@@ -111,7 +111,7 @@ class TrainConfig:
                          choices=("auto", "float32", "bfloat16"))
     checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory")
     compile: bool = opt(False, "torch.compile the transformer for training")
-    save_every: int = opt(20, "GRPO steps between checkpoints; elsewhere ten times that", least=1)
+    save_every: int = opt(20, "GRPO steps between checkpoints; supervised: ten times that", least=1)
     max_skipped: int = opt(5, "steps in a row with non-finite gradients that end a run", least=1)
     export_dir: str = opt("", "folder that `export` writes")
     export_dtype: str = opt("auto", "weights that `export` writes; auto: those it sampled with",
@@ -124,8 +124,8 @@ class Config(sample.Config):
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-LORA_DEFAULTS = {"rl_lr": 1e-5, "sft_lr": 1e-4}  # there with --lora_rank: adapters want ten times
-TASK_DEFAULTS = {  # what suits a task better: of short documents, more and smaller steps
+LORA_DEFAULTS = {"rl_lr": 1e-5, "sft_lr": 1e-4}  # with --lora_rank: adapters want ten times more
+TASK_DEFAULTS = {  # what suits a task better; short documents: more and smaller steps
     "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
     "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
     "all": {"base_steps": 2400, "rl_steps": 100, "prompts_per_step": 24,
@@ -156,7 +156,8 @@ def stage_config(stage, given, tok):
                         f"{cfg.model.context}: lower it or raise --context")
     if cfg.train.base and "n_layer" not in stage.settings:  # small models have a base of their own
         state = load_checkpoint(cfg.train.base)
-        refuse_other_settings(cfg, state, CORPUS, cfg.train.base, "choose another --base")
+        keys = [*CORPUS, "init_from"]  # the same corpus, the same tokenizer
+        refuse_other_settings(cfg, state, keys, cfg.train.base, "choose another --base")
         cfg.model = GPTConfig(**state["model_config"])
     if cfg.model.vocab_size < tok.n_vocab:
         raise UserError(f"vocab_size={cfg.model.vocab_size}: the tokenizer has {tok.n_vocab} ids")
@@ -367,6 +368,7 @@ def supervise(run, model, batch_fn, lr, loss_fn=next_token_loss):
     start, losses = run.resume(model, optimizers), []
     for step in tqdm(range(start, steps), run.name, steps, initial=start, disable=None):
         t0 = time.time()
+        # Up in 50 steps; straight down to 0 over the last 60 %.
         warmup, decay = (step + 1) / 50, (steps - step) / (0.6 * steps)
         set_lr(optimizers, lr * min(warmup, decay, 1.0))
         rng, _ = generators(run.seed, run.name, step)
@@ -471,8 +473,8 @@ def train_sft(run, filters, rank=None, replies=0):
         chosen = {name: FILTERS[name] for name in filters}
         rows, passed = sample.rejection_sample(problems, texts, chosen, rank)
         if not rows:
-            raise UserError(f"{run.name}: nothing that {source} says is fit to learn from: "
-                            f"train it longer, or raise --source_problems")
+            raise UserError(f"{run.name}: no sample of {source} passed the filters: train it "
+                            f"longer, or raise --source_problems")
         counts = "".join(f", {name} {n}" for name, n in passed.items())
         more = f", and {replies} scripted replies" if replies else ""
         print(f"{run.name}: sampled {sum(map(len, texts))} from {source}{counts}, kept "
@@ -696,7 +698,7 @@ def run_stage(name, given):
         print(f"{name}: done ({run.path('ckpt.pt')}, {run.saved['step']} steps)")
     else:
         print(f"{name}: {run.steps} steps on {run.device}, into {run.dir}")
-        with suppress(FileNotFoundError):  # of fewer steps
+        with suppress(FileNotFoundError):  # left by a run of fewer steps
             os.remove(run.path("eval.json"))
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread:  # elsewhere Python allows no handlers
@@ -717,8 +719,8 @@ def run_stage(name, given):
 
 
 def memory_plan(cfg, prompt_len, device):
-    """What GRPO takes all the time, {what: bytes}, and what at its two fullest moments; activations
-    as autograd keeps them."""
+    """What GRPO takes all the time, {what: bytes}, and what more at its two peaks; activations as
+    autograd keeps them."""
     def size(dtype):  # of a number
         return 2 if sample.use_bf16(dtype, device) else 4
 

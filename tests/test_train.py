@@ -33,6 +33,7 @@ from model import (
     from_pretrained,
     load_checkpoint,
     load_model,
+    save_checkpoint,
     save_pretrained,
 )
 
@@ -457,6 +458,14 @@ def test_an_experiment_can_start_from_the_base_of_another_folder(finished, tmp_p
     assert "no checkpoint" in refusal(train.main, [*ZERO, "--base=nowhere"], capsys)
 
 
+def test_a_base_with_another_tokenizer_is_refused(finished, tmp_path, capsys):
+    state = load_checkpoint(finished / "base" / "ckpt.pt")
+    state["settings"]["init_from"] = "SmolLM2"
+    save_checkpoint(str(tmp_path / "theirs.pt"), state)
+    err = refusal(train.main, [*ZERO, f"--base={tmp_path}/theirs.pt"], capsys)
+    assert "init_from=SmolLM2" in err and "choose another --base" in err
+
+
 def test_who_multiplies_is_measured_once_and_kept_in_the_checkpoint(
         finished, tmp_path, monkeypatch):
     then = load_checkpoint(finished / "zero" / "ckpt.pt")["settings"]["matmul"]
@@ -468,6 +477,13 @@ def test_who_multiplies_is_measured_once_and_kept_in_the_checkpoint(
         given = train.parse([*ZERO, f"--out_dir={out}"])[1]
         assert train.Run("zero", given).cfg.sample.matmul == want
         assert sample.Linear.onednn == (want == "onednn")
+
+
+def test_where_torch_lacks_onednns_operator_a_checkpoint_made_with_it_still_samples(monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    monkeypatch.setattr(sample.Linear, "onednn", None)
+    sample.set_up_cpu(sample.SampleConfig(matmul="onednn"))
+    assert sample.Linear.onednn is False
 
 
 def test_a_run_goes_on_sampling_in_the_dtype_that_it_began_with(finished, rounded):
@@ -638,7 +654,7 @@ def test_scripted_replies_are_learnt_beside_the_first_sample_that_passes(fine_tu
 
 
 def test_a_source_that_says_nothing_fit_is_named_in_one_line(fine_tune):
-    with pytest.raises(UserError, match="dev1: nothing that zero says"):
+    with pytest.raises(UserError, match="dev1: no sample of zero passed"):
         fine_tune(["x"], {"no x": no_x})
 
 
