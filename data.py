@@ -422,7 +422,8 @@ def file_problems(path, question_key="question", answer_key="answer"):
         entry = json.loads(line, parse_float=str)  # 0.50 stays as written, NaN a float
         question, answer = entry.get(question_key), entry.get(answer_key)
         if type(question) is not str or type(answer) not in (str, int):  # true is no int
-            raise ValueError(f"answer {answer!r}, keys {list(entry)}")
+            shown = [f"{key}: {repr(value)[:20]}" for key, value in entry.items()]
+            raise ValueError(f"it has {', '.join(shown)}")
         answer = str(answer).split("####")[-1].strip()
         if not question.strip() or not answer:
             raise ValueError("empty")
@@ -499,6 +500,9 @@ def eval_problems(cfg, n, task=None):
 
 
 def no_problem(cfg, task, held_out):
+    if task == "file":
+        return UserError(f"data={cfg.data}, eval_data={cfg.eval_data}: no problem is left to "
+                         f"{'evaluate' if held_out else 'train'} on")
     return UserError(f"n_numbers={cfg.n_numbers}, max_number={cfg.max_number}, ops={cfg.ops} leave "
                      f"no {task} problem to {'hold out' if held_out else 'train on'}")
 
@@ -852,7 +856,7 @@ def answers_in(messages, tok, cfg):
     _, turn, end = TEMPLATES[cfg.template]
     ids, rows = [], []
     for role, text in [(message["role"], message["content"]) for message in messages]:
-        if role not in ("system", "user", "assistant") or not text.strip():
+        if role not in ("system", "user", "assistant") or not (type(text) is str and text.strip()):
             raise ValueError(f"{role}: {text!r}")
         if role == "user" and not ids:
             ids = prompt_ids(Problem("file", text, (), ""), tok, cfg)

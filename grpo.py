@@ -378,5 +378,5 @@ def log_step(run, step, sampled, update, took, update_s, cfg):
     if step % 10 == 1:
         for sample in sampled[0]:
             line = {"step": step, "problem": str(sample.problem), "text": sample.text}
-            line |= {**sample.parts, "reward": sample.reward, "advantage": sample.adv}
+            line |= {"rewards": sample.parts, "reward": sample.reward, "advantage": sample.adv}
             run.append("rollouts.jsonl", line)

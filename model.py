@@ -308,8 +308,8 @@ class GPT(nn.Module):
             return (self.compiled_trunk or self.trunk)(idx)
 
     def head(self, h):
-        """Hidden states (..., C) -> logits (..., vocab), in fp32 also under autocast: in bfloat16,
-        logits near 20 would be off by 0.06."""
+        """Hidden states (..., C) -> logits (..., vocab), computed in the weights' dtype also under
+        autocast: in bfloat16, logits near 20 would be off by 0.06."""
         with torch.autocast(h.device.type, enabled=False):
             return self.lm_head(h.to(self.embed.weight.dtype)).float()
 

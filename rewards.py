@@ -201,13 +201,16 @@ BRACES = [  # the same from the inside out, for which they are replaced several 
     (r"([\^_\]]|\\(?!boxed|[dtc]?frac)[a-z]+)\{([^{}]*)\}", r"\1(\2)"),
     (r"\\[dtc]?frac ?(\{[^{}]*\}|\w) ?(\{[^{}]*\}|\w)(?=([a-z\\])?)", fraction)]
 NAME = re.compile(r"(^|, )(?:\\?[^\W\d]+|\w\(\w\)|\(\w(?:, ?\w)*\)) ?= ?")  # x =, f(x) =
+MATHS = ("arc(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|log|exp|sqrt|pi|plus|minus|times|over|"
+         "divided|squared|cubed|factorial|infinity|not|and|or|mod|choose")  # words, but no units
 UNIT = (r"_[1-9][0-9]?|(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|[㐀-鿿]+)| [mglsh]|"  # base 9, km/h, ...
-        r"(?: |(?=[^\W\d_]{4}))[^\W\d_]{3,})(?: [^\W\d_]+){0,3}(?:/[^\W\d_]+)?(?: ?\^[23]|[²³])?")
+        rf"(?: |(?=[^\W\d_]{{4}}))(?!(?:{MATHS})\b)[^\W\d_]{{3,}})(?: [^\W\d_]+){{0,3}}"
+        r"(?:/[^\W\d_]+)?(?: ?\^[23]|[²³])?")
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 WRITTEN = re.compile(
     r"([-+]?) ?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
     r"(?: ?/ ?(0*[1-9][0-9]*)| ([0-9]{1,9})/(0*[1-9][0-9]*))? ?(%|percent\b)?"
-    rf"(?: ?({'|'.join(SCALES)})\b)?({UNIT})?", re.I)
+    rf"(?: ?({'|'.join(SCALES)})s?\b)?({UNIT})?", re.I)
 
 
 def plain(text):

@@ -211,10 +211,20 @@ def open_checkpoint(given, path="", beside=None):
         trained = {**REAL_DEFAULTS, **(beside or {})}
         given = {**given, "init_from": path}
     else:
+        if path == given.get("init_from"):
+            data.load_tokenizer(path)  # raises: a model's name is no folder
         state = load_checkpoint(path)
         if state.get("stage") == "reward_model":
             raise UserError(f"{path} is a reward model: it judges answers and gives none")
         trained = state.get("settings", {})
+        if trained.get("lora_rank"):  # merged: in bfloat16, small updates would vanish
+            trained = {**trained, "sample_dtype": "float32"}
+    if "data" in given:
+        trained = {**trained, "eval_data": ""}
+    elif "eval_data" in given:
+        given = {"data": trained.get("data") or given["eval_data"], **given}
+    elif "task" in given:
+        trained = {**trained, **NO_FILE}
     here = {"device": "auto", "threads": 0}  # of this machine, not of the one it was trained on
     cfg = Config.of({**trained, **here, **given})
     then, now = sampling_dtype(pick(SampleConfig, {**trained, **here})), sampling_dtype(cfg.sample)
@@ -318,7 +328,9 @@ def evaluate_tasks(model, tok, cfg, folder):
                 other, _ = evaluate(model, tok, problems, samples_each, cfg, temperature)
                 results[task][f"pass@1_{name}"] = other["pass@1"]
     results |= win_rates(samples, tok, cfg.sample.out_dir)
-    write_lines(os.path.join(folder, "samples.jsonl"), samples)
+    path = os.path.join(folder, "samples.jsonl")
+    earlier = read_lines(path) if os.path.exists(path) else []
+    write_lines(path, samples + [line for line in earlier if line["task"] not in tasks])
     write_json(os.path.join(folder, "eval.json"), results)  # last: it says that all is done
 
 
@@ -412,6 +424,9 @@ class AskConfig:
             raise UserError("--numbers and --target go together")
         if self.only_right and not self.to:
             raise UserError("--only_right needs --to=FILE.jsonl")
+        if self.to and (self.question or self.numbers or self.vs):
+            raise UserError("--to writes answers to training problems: leave out --question, "
+                            "--numbers and --vs")
         numbers = (self.numbers or "0,0").split(",")
         if len(numbers) < 2 or not all(n.strip().isdecimal() and len(n) < 10 for n in numbers):
             raise UserError(f"--numbers={self.numbers} is no list of whole numbers such as 3,7,2")
@@ -505,13 +520,15 @@ def show_answers(given):
     validate(args)
     own = ["seed", "temperature", *["max_new_tokens"] * (not args.max_new_tokens)]
     given = {name: value for name, value in given.items() if name not in own}
-    if ("task" in given or args.numbers or args.question) and "data" not in given:
+    if (args.numbers or args.question) and "data" not in given:
         given = {**NO_FILE, **given}
     if args.to:
         return write_traces(args, given)
     path, problems, shown, settings = ask(args, given, "")
     width, columns = max(30, shutil.get_terminal_size((120, 0)).columns // 2 - 2), [shown]
     if args.vs:
+        own = [] if args.ckpt else ["init_from"]
+        given = {name: value for name, value in given.items() if name not in own}
         _, others, shown, _ = ask(args, given, args.vs, settings)
         if problems != others:
             raise UserError(f"{path} and {args.vs} were trained on different problems: "

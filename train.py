@@ -235,6 +235,9 @@ class Run:
         # samples in it, since weights move less in RL than bfloat16 can show.
         then = self.saved.get("settings", {})
         cfg.sample.sample_dtype = given.get("sample_dtype") or then.get("sample_dtype", "auto")
+        on_folder = cfg.sample.init_from and self.stage.parent in (None, "base")
+        if cfg.train.lora_rank and not on_folder:
+            cfg.sample.sample_dtype = "float32"  # that of the frozen weights, see `load`
         self.sample_dtype = sample.sampling_dtype(cfg.sample)
         cfg.sample.sample_dtype = str(self.sample_dtype).removeprefix("torch.")
         sample.set_up_cpu(cfg.sample, then.get("matmul", "auto"))
@@ -264,15 +267,21 @@ class Run:
         return step
 
     def load(self, stage, cls=GPT):
-        """The model of a stage; of `base` with --init_from, the real one. What adapters leave as it
-        is needs no more precision than sampling does, which then shares it."""
+        """The model of a stage; of `base` with --init_from, the real one, in the dtype that it is
+        sampled with if adapters leave it as it is. Where adapters are merged into the weights,
+        these stay in fp32: in bfloat16, small updates would vanish."""
         real, out_dir = self.cfg.sample.init_from, self.cfg.sample.out_dir
-        dtype = self.sample_dtype if self.cfg.train.lora_rank else torch.float32
         if stage == "base" and real:
+            dtype = self.sample_dtype if self.cfg.train.lora_rank else torch.float32
             return from_pretrained(real, self.cfg.model.context, dtype, self.device)
         path = os.path.join(out_dir, stage, "ckpt.pt")
-        path = stage == "base" and self.cfg.train.base or path
-        return load_model(path, self.device, cls).to(dtype)
+        return load_model(stage == "base" and self.cfg.train.base or path, self.device, cls)
+
+    def to_ask(self, stage):
+        """The settings to ask a finished stage with."""
+        merged = self.cfg.train.lora_rank and stage != "base"
+        changes = {"sample_dtype": "float32"} if merged else {}
+        return replace(self.cfg, sample=replace(self.cfg.sample, **changes))
 
     def set_up(self, model, adapters=True):
         """How the GPT computes, and with --lora_rank what of it is trained."""
@@ -517,7 +526,8 @@ def source_samples(run, tasks=None, held_out=False):
     for _ in range(-(-n // 5) if held_out else n):
         task = rng.choice(tasks) if tasks else None
         problems.append(data.draw_problem(cfg.data, rng, task, held_out))
-    model = sample.for_sampling(run.load(run.stage.source), cfg.sample)
+    model = sample.for_sampling(run.load(run.stage.source),
+                                run.to_ask(run.stage.source).sample)
     answers = sample.sample_answers(model, run.tok, problems, k, cfg, cfg.grpo.temperature,
                                     generator, f"{run.name}: sampling {run.stage.source}")
     texts = [text for _, text, _ in answers]
@@ -714,7 +724,7 @@ def run_stage(name, given):
         if is_rm:
             evaluate_reward_model(run, model)
         else:
-            sample.evaluate_tasks(model, run.tok, run.cfg, run.dir)
+            sample.evaluate_tasks(model, run.tok, run.to_ask(name), run.dir)
     return run
 
 
@@ -864,7 +874,8 @@ def run_table(given):
     # Those that were trained on were evaluated greedily, too.
     main = [task for task in found
             if any("pass@1_greedy" in stage.get(task, {}) for stage in results.values())]
-    tasks = [given["task"]] if "task" in given else main or found[:1]
+    named = DataConfig(task=given["task"]).tasks() if "task" in given else ()
+    tasks = list(named) or main or found[:1]
     if not found or not set(tasks) <= set(found):
         raise UserError(f"nothing in {out_dir} was evaluated on that: set --out_dir or --task")
     print_tables(results, tasks)
@@ -877,6 +888,8 @@ def run_eval(given):
     # A model as it came is the base of what lies in out_dir.
     is_folder = os.path.isdir(path)
     folder = os.path.join(cfg.sample.out_dir, "base") if is_folder else os.path.dirname(path)
+    if is_folder and os.path.exists(os.path.join(folder, "ckpt.pt")):
+        raise UserError(f"{folder} holds a base that was trained here: choose another --out_dir")
     sample.evaluate_tasks(model, tok, cfg, folder)
     print_tables({folder or path: read_results(folder)}, cfg.data.tasks())
 

@@ -131,8 +131,10 @@ def test_a_file_may_have_a_byte_order_mark_blank_lines_and_numbers_and_other_key
     ('{"question": "q", "answer": NaN}', ["line 42", "nan"]),
     ('{"question": "q", "answer": "#### "}', ["line 42", "empty"]),
     ('{"question": 7, "answer": "1"}', ["line 42"]), ("[1]", ["line 42"]), ("{", ["line 42"]),
-    ('{"id": 1, "text": "q"}', ["line 42", "['id', 'text']", "{question: text, answer: text or",
-                                "--question_key"]),
+    (json.dumps({"problem": "how many?", "answer": "x" * 300}),
+     ["problem: 'how many?'", "answer: 'xx"]),
+    ('{"id": 1, "text": "q"}', ["line 42", "it has id: 1, text: 'q'",
+                                "{question: text, answer: text or", "--question_key"]),
     ("é".encode("latin-1"), ["line 42"]), (b"\x1f\x8b\x08\x00", ["line 42"])])
 def test_a_row_that_is_no_problem_is_refused_in_one_line_with_its_number(row, words, tmp_path):
     path = write_rows(tmp_path / "d.jsonl", ROWS)
@@ -177,7 +179,7 @@ def test_problems_too_long_for_the_context_are_left_out_and_counted(tmp_path, ca
     data.leave_out_long(cfg, TOK, longest)
     assert capsys.readouterr().out == ""
     data.leave_out_long(cfg, TOK, 1)
-    with pytest.raises(UserError, match="no file problem"):
+    with pytest.raises(UserError, match="no problem is left to train on"):
         draw_problem(cfg, random.Random(0))
 
 

@@ -167,6 +167,33 @@ def test_what_was_evaluated_before_stays_in_the_results(finished, tmp_path):
     assert results(tmp_path)["countdown"] == results(finished / "zero")["countdown"]
 
 
+def test_another_file_or_task_is_evaluated_in_place_of_that_of_training(finished, tmp_path):
+    def written(name):
+        rows = [{"question": f"{name} {i}", "answer": i} for i in range(40)]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        return str(tmp_path / name)
+
+    state = torch.load(finished / "zero" / "ckpt.pt", weights_only=True)
+    state["settings"] |= {"task": "file", "data": written("a"), "eval_data": written("b")}
+    torch.save(state, tmp_path / "ckpt.pt")
+    flags = ["--eval_samples=1", "--max_new_tokens=4", f"--ckpt={tmp_path / 'ckpt.pt'}"]
+    for argv, asked in (([], "b"), ([f"--data={written('c')}"], "c"),
+                        ([f"--eval_data={written('d')}"], "d"), (["--task=logic"], "A says")):
+        train.main(["eval", *flags, "--eval_problems=3", *argv])
+        found = read(tmp_path, "samples.jsonl")
+        assert found[0]["prompt"].startswith((f"User: {asked}", asked, "User: B says")), asked
+    assert "file" in {line["task"] for line in found}  # what was asked before is kept
+
+
+def test_a_folder_is_not_evaluated_over_a_base_that_was_trained(finished, tmp_path, capsys):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "ckpt.pt").write_bytes((finished / "base" / "ckpt.pt").read_bytes())
+    train.main(["export", f"--ckpt={finished / 'zero' / 'ckpt.pt'}", f"--export_dir={tmp_path}/hf"])
+    argv = ["eval", f"--init_from={tmp_path}/hf", "--template=toy", f"--out_dir={tmp_path}"]
+    assert "another --out_dir" in refusal(train.main, argv, capsys)
+    assert not (tmp_path / "base" / "eval.json").exists()
+
+
 # ------------------------------------------------------------------------------- rejection sampling
 
 
@@ -409,6 +436,30 @@ def test_a_folder_is_asked_like_a_checkpoint_and_shown_beside_one(finished, expo
     assert capsys.readouterr().out.count("--- make 3") == 4
 
 
+def test_beside_a_folder_a_checkpoint_keeps_its_own_tokenizer(finished, exported, monkeypatch):
+    opened, own = [], data.load_tokenizer
+    monkeypatch.setattr(data, "load_tokenizer", lambda name="": opened.append(name) or own(name))
+    sample.main([f"--init_from={exported}", f"--vs={finished / 'zero' / 'ckpt.pt'}", "--n=1",
+                 "--template=toy", "--max_new_tokens=4"])
+    assert opened == [exported, ""]
+
+
+def test_the_name_of_a_model_is_no_folder(capsys):
+    named = "--init_from=Qwen/Qwen2.5-0.5B-Instruct"
+    for main, argv in ((sample.main, [named]), (train.main, ["eval", named])):
+        err = refusal(main, argv, capsys)
+        assert "no such local folder" in err and "hf download Qwen/Qwen2.5-0.5B-Instruct" in err
+
+
+def test_a_model_with_merged_adapters_is_asked_in_fp32_unless_told_otherwise(finished, tmp_path):
+    state = torch.load(finished / "zero" / "ckpt.pt", weights_only=True)
+    state["settings"] |= {"lora_rank": 4, "sample_dtype": "bfloat16"}
+    torch.save(state, tmp_path / "ckpt.pt")
+    for given, want in (({}, torch.float32), ({"sample_dtype": "bfloat16"}, torch.bfloat16)):
+        *_, cfg = sample.open_checkpoint(given, str(tmp_path / "ckpt.pt"))
+        assert sample.sampling_dtype(cfg.sample) == want
+
+
 def test_right_completions_become_traces(finished, tmp_path, monkeypatch, capsys):
     path, right = tmp_path / "traces.jsonl", []
 
@@ -485,6 +536,9 @@ def test_a_prompt_longer_than_the_context_is_refused_in_one_line(finished, capsy
     ([f"--numbers=3,{'7' * 5000}", "--target=7"], ["numbers"]),
     (["--target=3"], ["numbers"]),
     (["--n=0"], ["n=0"]),
+    (["--to=a.jsonl", "--question=why"], ["--to", "--question"]),
+    (["--to=a.jsonl", "--numbers=3,7", "--target=10"], ["--to", "--numbers"]),
+    (["--vs=Qwen/Qwen2.5-0.5B"], ["no checkpoint at Qwen/Qwen2.5-0.5B"]),
     (["--max_new_tokens=-1"], ["max_new_tokens=-1"]),
     (["--temperature=-1"], ["temperature=-1"]),
     (["--temperature=hot"], ["temperature", "hot"]),

@@ -466,7 +466,18 @@ def test_a_base_with_another_tokenizer_is_refused(finished, tmp_path, capsys):
     assert "init_from=SmolLM2" in err and "choose another --base" in err
 
 
-def test_who_multiplies_is_measured_once_and_kept_in_the_checkpoint(
+def test_the_table_of_all_tasks_is_asked_for_by_that_name(finished, tmp_path, capsys):
+    for stage in ("base", "zero"):
+        (tmp_path / stage).mkdir()
+        found = json.loads((finished / stage / "eval.json").read_text())["countdown"]
+        (tmp_path / stage / "eval.json").write_text(
+            json.dumps({task: found for task in data.REASONING}))
+    train.main(["table", "--task=all", f"--out_dir={tmp_path}"])
+    shown = capsys.readouterr().out
+    assert all(f"{task}: " in shown for task in data.REASONING)
+
+
+def test_what_multiplies_is_measured_once_and_kept_in_the_checkpoint(
         finished, tmp_path, monkeypatch):
     then = load_checkpoint(finished / "zero" / "ckpt.pt")["settings"]["matmul"]
     assert then in ("torch", "onednn")
@@ -1107,6 +1118,22 @@ def test_base_policy_reference_and_sampler_of_adapters_are_one_in_bfloat16(folde
         torch.float32}
     first = lines(tmp_path / "zero")[0]
     assert first["ratio"] == pytest.approx(1, abs=0.05) and first["sampler_kl"] < 1e-3
+
+
+def test_weights_with_merged_adapters_stay_in_fp32(folder, tmp_path, monkeypatch):
+    asked, evaluate = [], sample.evaluate_tasks
+    monkeypatch.setattr(sample, "evaluate_tasks", lambda model, tok, cfg, where: (
+        asked.append((model.embed.weight.dtype, cfg.sample.sample_dtype)),
+        evaluate(model, tok, cfg, where)))
+    path = write_traces(tmp_path / "traces.jsonl", TRACES)
+    flags = [*REAL, f"--init_from={folder}", f"--traces={path}", "--lora_rank=2", "--sft_steps=2",
+             "--template=toy", "--sample_dtype=bfloat16"]
+    run(tmp_path, "sft", "zero", tiny=flags)
+    assert asked == [(torch.bfloat16, "bfloat16"), *[(torch.float32, "float32")] * 2]
+    for stage, want in (("sft", torch.bfloat16), ("zero", torch.float32)):
+        again = train.Run(stage, train.parse([*flags, f"--out_dir={tmp_path}"])[1])
+        assert again.load(again.stage.parent).embed.weight.dtype == want
+        assert again.sample_dtype == want
 
 
 def test_a_compiled_policy_has_a_reference_of_its_own(folder, tmp_path, monkeypatch):
