@@ -756,8 +756,10 @@ def memory_plan(cfg, prompt_len, device):
     sampling = sampler * cache + 3 * 4 * rows * m.vocab_size  # logits, softmax, its sums
 
     tokens = max(g.micro_tokens, columns)
-    block = 4 * m.n_embd * (4 if t.lora_rank else 6) + product * (  # per token: norms, products
-        2 * m.d_head * (m.n_head + m.n_kv_head) + 4 * m.mlp_dim)
+    heads = m.d_head * (m.n_head + m.n_kv_head)
+    norms = m.n_embd * (4 if t.lora_rank else 6)  # per token
+    norms += heads * (1.6 if t.lora_rank else 2.6) * m.qk_norm
+    block = 4 * norms + product * (2 * heads + 4 * m.mlp_dim)
     copies = 2 * matrices if product < weight else 0  # autocast's, kept for the backward pass
     if t.checkpointing:
         block, copies = weight * m.n_embd + block / m.n_layer, copies / m.n_layer

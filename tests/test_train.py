@@ -209,10 +209,10 @@ def test_the_first_group_of_every_tenth_step_can_be_read_and_survives_a_resume(
     found = read(tmp_path / "whole" / "zero", "rollouts.jsonl")
     assert [line["step"] for line in found] == [1] * 3 + [11] * 3  # three samples in a group
     for line in found:
-        assert set(line) == {"step", "problem", "text", "reward", "accuracy", "format", "length",
-                             "advantage"}
-        assert line["format"] == rewards.has_format(line["text"])
-        parts = line["accuracy"] + 0.5 * line["format"] + line["length"]
+        assert set(line) == {"step", "problem", "text", "reward", "rewards", "advantage"}
+        found_in = line["rewards"]
+        assert found_in["format"] == rewards.has_format(line["text"])
+        parts = found_in["accuracy"] + 0.5 * found_in["format"] + found_in["length"]
         assert line["reward"] == pytest.approx(parts, abs=1e-5)
     given = torch.tensor([line["reward"] for line in found]).view(2, 3)
     adv = torch.tensor([line["advantage"] for line in found]).view(2, 3)
@@ -1042,7 +1042,7 @@ def test_memory_is_planned_from_the_settings():
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"autocast": "on"}, {"lora_rank": 4}, {"checkpointing": True},
+    {}, {"autocast": "on"}, {"lora_rank": 4}, {"checkpointing": True}, {"qk_norm": False},
     {"lora_rank": 4, "sample_dtype": "bfloat16", "autocast": "on"}])
 def test_planned_activations_are_those_that_autograd_keeps(settings):
     shape = {"vocab_size": 50, "n_layer": 4, "n_embd": 128, "mlp_dim": 384, "n_head": 4}
