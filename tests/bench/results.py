@@ -319,13 +319,13 @@ def claims(results):
          lambda: f"{get(three, 'base', 'pass@1_untagged')} → "
          f"{get(three, 'zero', 'pass@1_untagged')} %",
          lambda s: main(s, "zero", "pass@1_untagged") >= main(s, "base", "pass@1_untagged") + 0.05],
-        ["after a cold start 98 % or more of a completion's words, on average, are in the prompt's "
-         "language in each task (arithmetic has hardly a word), and with a language reward they "
-         "stay so", recipe,
+        ["after a cold start 95 % or more of a completion's words, on average, are in the prompt's "
+         "language in each task (arithmetic has hardly a word), with a language reward 99 % or "
+         "more", recipe,
          lambda: f"zero {four('zero', 'one_language')}, dev1 {four('dev1', 'one_language')}, dev2 "
          f"{four('dev2', 'one_language')} %",
-         lambda s: all(s[stage][task]["one_language"] >= 0.98 for stage in ("dev1", "dev2")
-                       for task in data.REASONING)],
+         lambda s: all(s["dev1"][task]["one_language"] >= 0.95
+                       and s["dev2"][task]["one_language"] >= 0.99 for task in data.REASONING)],
         ["RL for all scenarios, in few and small steps: gold reward and reward model both prefer "
          "it, their win rates within 5 points; at most 3 points less is right in chat and in each "
          "task; more is declined, beyond 95 % intervals", recipe, lambda: after_dev3("r1"),
