@@ -201,8 +201,8 @@ BRACES = [  # the same from the inside out, for which they are replaced several 
     (r"([\^_\]]|\\(?!boxed|[dtc]?frac)[a-z]+)\{([^{}]*)\}", r"\1(\2)"),
     (r"\\[dtc]?frac ?(\{[^{}]*\}|\w) ?(\{[^{}]*\}|\w)(?=([a-z\\])?)", fraction)]
 NAME = re.compile(r"(^|, )(?:\\?[^\W\d]+|\w\(\w\)|\(\w(?:, ?\w)*\)) ?= ?")  # x =, f(x) =
-MATHS = ("arc(?:sin|cos|tan)|sin|cos|tan|cot|sec|csc|log|exp|sqrt|pi|plus|minus|times|over|"
-         "divided|squared|cubed|factorial|infinity|not|and|or|mod|choose")  # words, but no units
+MATHS = ("(?:arc)?(?:sin|cos|tan)[xyz]?|log|exp|sqrt|plus|minus|over|divided|squared|cubed|"
+         "factorial|infinity|not|and|mod|choose")  # words, but no units
 UNIT = (r"_[1-9][0-9]?|(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|[㐀-鿿]+)| [mglsh]|"  # base 9, km/h, ...
         rf"(?: |(?=[^\W\d_]{{4}}))(?!(?:{MATHS})\b)[^\W\d_]{{3,}})(?: [^\W\d_]+){{0,3}}"
         r"(?:/[^\W\d_]+)?(?: ?\^[23]|[²³])?")

@@ -61,7 +61,8 @@ class SampleConfig:
     matmul: str = opt("auto", "what multiplies matrices on a CPU; auto: the faster one here",
                       choices=("auto", "torch", "onednn"))
     init_from: str = opt("", "Hugging Face folder whose model replaces the toy base")
-    sample_dtype: str = opt("auto", "weights that sampling runs with; auto: bfloat16 on CUDA",
+    sample_dtype: str = opt("auto", "weights that sampling runs with; auto: bfloat16 on CUDA; "
+                            "float32 where adapters were merged into them",
                             choices=("auto", "float32", "bfloat16"))
     eval_samples: int = opt(16, "completions per held-out problem in an evaluation", least=1)
     ckpt: str = opt("", "checkpoint for `eval` and `export`; none = out_dir/zero/ckpt.pt")
@@ -217,17 +218,18 @@ def open_checkpoint(given, path="", beside=None):
         if state.get("stage") == "reward_model":
             raise UserError(f"{path} is a reward model: it judges answers and gives none")
         trained = state.get("settings", {})
-        if trained.get("lora_rank"):  # merged: in bfloat16, small updates would vanish
-            trained = {**trained, "sample_dtype": "float32"}
     if "data" in given:
         trained = {**trained, "eval_data": ""}
     elif "eval_data" in given:
         given = {"data": trained.get("data") or given["eval_data"], **given}
-    elif "task" in given:
+    elif given.get("task", "file") != "file":
         trained = {**trained, **NO_FILE}
     here = {"device": "auto", "threads": 0}  # of this machine, not of the one it was trained on
+    then = sampling_dtype(pick(SampleConfig, {**trained, **here}))
+    if trained.get("lora_rank"):  # merged: in bfloat16, small updates would vanish
+        trained = {**trained, "sample_dtype": "float32"}
     cfg = Config.of({**trained, **here, **given})
-    then, now = sampling_dtype(pick(SampleConfig, {**trained, **here})), sampling_dtype(cfg.sample)
+    now = sampling_dtype(cfg.sample)
     if then != now and not os.path.isdir(path):
         print(f"{path} sampled in {then} in training, and now does in {now}")
     set_up_cpu(cfg.sample)

@@ -114,7 +114,7 @@ class TrainConfig:
     save_every: int = opt(20, "GRPO steps between checkpoints; supervised: ten times that", least=1)
     max_skipped: int = opt(5, "steps in a row with non-finite gradients that end a run", least=1)
     export_dir: str = opt("", "folder that `export` writes")
-    export_dtype: str = opt("auto", "weights that `export` writes; auto: those it sampled with",
+    export_dtype: str = opt("auto", "weights that `export` writes; auto: those it is asked with",
                             choices=("auto", "float32", "bfloat16", "float16"))
 
 
@@ -298,12 +298,15 @@ class Run:
 
     def append(self, file, values):
         """One JSON object as a line of a log; what is not finite becomes null."""
-        line = dict(values)
-        for key, value in values.items():
-            if isinstance(value, float):
-                line[key] = round(value, 6) if math.isfinite(value) else None
+        def plain(x):
+            if isinstance(x, dict):
+                return {key: plain(value) for key, value in x.items()}
+            if isinstance(x, float):
+                return round(x, 6) if math.isfinite(x) else None
+            return x
+
         with open(self.path(file), "a", encoding="utf-8") as f:
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+            f.write(json.dumps(plain(values), ensure_ascii=False) + "\n")
 
     def log(self, metrics, row=None):
         """A line of metrics.jsonl and, if there is a row {column: text}, one on the terminal.
@@ -701,15 +704,17 @@ def run_stage(name, given):
     result = "pairs" if is_rm else run.cfg.data.tasks()[0]
     if name == "base" and (run.cfg.sample.init_from or base):
         print(f"base: {run.cfg.sample.init_from or base}")  # trained elsewhere
-        print_memory(run)
+        if not given.get("traces"):  # else RL starts from other weights
+            print_memory(run)
         if base and result not in read_results(run.dir):
             write_json(run.path("eval.json"), read_results(os.path.dirname(base)))
     elif run.saved["step"] >= run.steps:
         print(f"{name}: done ({run.path('ckpt.pt')}, {run.saved['step']} steps)")
     else:
         print(f"{name}: {run.steps} steps on {run.device}, into {run.dir}")
-        with suppress(FileNotFoundError):  # left by a run of fewer steps
-            os.remove(run.path("eval.json"))
+        for file in ("eval.json", "samples.jsonl"):  # left by a run of fewer steps
+            with suppress(FileNotFoundError):
+                os.remove(run.path(file))
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread:  # elsewhere Python allows no handlers
             signal.signal(signal.SIGINT, run.stop_after_step)

@@ -171,6 +171,14 @@ def test_rope_turns_each_half_split_pair_like_a_complex_number():
     assert torch.allclose(got, torch.cat((want.real, want.imag), -1), atol=1e-5)
 
 
+def test_queries_and_keys_are_normed_in_fp32_also_under_autocast(tiny):
+    normed = []
+    tiny.blocks[0].attn.q_norm.register_forward_pre_hook(lambda _, x: normed.append(x[0].dtype))
+    tiny.autocast = True
+    tiny.hidden(torch.zeros(1, 5, dtype=torch.long))
+    assert normed == [torch.float32]
+
+
 def test_only_the_distance_between_positions_matters(tiny):
     idx = torch.randint(0, 40, (1, 9), generator=seeded())
     start, later = torch.arange(9)[None], torch.arange(30, 39)[None]

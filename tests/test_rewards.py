@@ -287,7 +287,8 @@ def test_written_answers_are_compared_exactly(target, text, right):
     ("12 cm", "12", 1), ("12", "12cm", 1), ("5 apples", "5 pears", 0), ("1 mile", "1 miles", 1),
     ("3", "3xy", 0), ("40_9", "40_{9}", 1), ("40_9", "40", 1), ("40_9", "40_8", 0),
     ("2", "2 sin x", 0), ("2 sin x", "2", 0), ("5", "5 plus three", 0), ("7", "7 factorial", 0),
-    ("3", "3 pints", 1), ("5 million", "5 millions", 1),
+    ("2", "2 sinx", 0), ("3", "3 pints", 1), ("10 sec", "10", 1), ("3", "3 times", 1),
+    ("5 million", "5 millions", 1),
     ("864 cm^2", r"864\text{ cm}^2", 1), ("5 million", "5,000,000", 1), ("18", "18 元", 1)])
 def test_units_are_compared_if_both_have_one_and_letters_are_none(target, text, right):
     assert answer(text, Problem("file", "q", (), target)) == right

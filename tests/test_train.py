@@ -2,6 +2,7 @@
 in test_sample.py."""
 import io
 import json
+import math
 import os
 import random
 import re
@@ -82,7 +83,11 @@ def read(folder, file):
     """A file of JSON lines without its clock times; no lines where there is no such file."""
     if not (folder / file).exists():
         return []
-    found = [json.loads(line) for line in (folder / file).read_text("utf-8").splitlines()]
+    def refuse(name):  # NaN and Infinity are no JSON
+        raise AssertionError(f"{file} has {name}")
+
+    found = [json.loads(line, parse_constant=refuse)
+             for line in (folder / file).read_text("utf-8").splitlines()]
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in found]
 
 
@@ -1118,6 +1123,25 @@ def test_base_policy_reference_and_sampler_of_adapters_are_one_in_bfloat16(folde
         torch.float32}
     first = lines(tmp_path / "zero")[0]
     assert first["ratio"] == pytest.approx(1, abs=0.05) and first["sampler_kl"] < 1e-3
+
+
+def test_what_is_not_finite_is_null_in_a_log(tmp_path):
+    logging = train.Run("zero", {"out_dir": str(tmp_path)})
+    logging.append("a.jsonl", {"x": math.inf, "rewards": {"accuracy": math.nan, "format": 1 / 3}})
+    assert read(tmp_path / "zero", "a.jsonl") == [
+        {"x": None, "rewards": {"accuracy": None, "format": 0.333333}}]
+
+
+def test_a_source_with_merged_adapters_is_asked_in_fp32(folder, tmp_path, monkeypatch):
+    asked, for_sampling = [], sample.for_sampling
+    monkeypatch.setattr(sample, "for_sampling", lambda model, cfg: (
+        asked.append((model.embed.weight.dtype, cfg.sample_dtype)), for_sampling(model, cfg))[1])
+    flags = [*REAL, f"--init_from={folder}", "--lora_rank=2", "--sample_dtype=bfloat16"]
+    run(tmp_path, "zero", tiny=flags)
+    asked.clear()
+    dev1 = train.Run("dev1", train.parse([*flags, f"--out_dir={tmp_path}"])[1])
+    train.source_samples(dev1)
+    assert asked == [(torch.float32, "float32")] and dev1.sample_dtype == torch.bfloat16
 
 
 def test_weights_with_merged_adapters_stay_in_fp32(folder, tmp_path, monkeypatch):
