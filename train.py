@@ -641,7 +641,7 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it
     "dev1": Stage(train_dev1, "sft", "base", "zero", {}),
     "dev2": Stage(train_rl, "rl", "dev1", None, {"w_language": 0.5, **SHORT_RL}),
     "dev3": Stage(train_dev3, "sft", "base", "dev2", {
-        "source_problems": 3200, "source_samples": 1, "general_replies": 3000, "sft_steps": 600,
+        "source_problems": 6400, "source_samples": 1, "general_replies": 3000, "sft_steps": 800,
         "sft_lr": 2e-3, "sft_rows": 32}),
     "reward_model": Stage(train_reward_model, "pairs", "dev3", "dev3", {
         "source_problems": 3000, "sft_steps": 800, "sft_rows": 32}),
@@ -651,8 +651,8 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it
         **ALL_SCENARIOS, "rl_steps": 12, "rl_lr": 1e-4, "adv_norm": "none"}),
     "small_base": Stage(train_base, "base", None, None, SMALL),
     "distill": Stage(train_distill, "sft", "small_base", "r1", {
-        **SMALL, "mix": "task:4,chat:1,unsafe:1", "source_problems": 2400, "source_samples": 1,
-        "sft_steps": 600, "sft_lr": 2e-3, "sft_rows": 32}),
+        **SMALL, "mix": "task:4,chat:1,unsafe:1", "source_problems": 7200, "source_samples": 1,
+        "sft_steps": 800, "sft_lr": 2e-3, "sft_rows": 32}),
     "small_zero": Stage(train_rl, "rl", "small_base", None, SMALL),
     # Experiments. zero_emoji does not divide by the std: in a group that is all right a missing
     # emoji would count like a wrong answer.

@@ -2,7 +2,7 @@
 mean. Of a run on several tasks, the curves of each task.
 
     pip install matplotlib
-    python tests/bench/curves.py out1 out2 --to=assets/zero.png
+    python tests/bench/curves.py out1 out2 out3 --to=assets/zero.png
     python tests/bench/curves.py out-all --to=assets/all.png
 """
 import argparse
