@@ -34,7 +34,7 @@ ALL = "all tasks, seed 1"
 RUNS[ALL] = [f"python train.py {stages} --task=all --seed=1 --threads=1 --out_dir=out-all"
              for stages in ("zero", "r1", "r1_hacked distill", "small_zero")]
 THREE = "three tasks, seed 1"  # RL on them, and countdown is evaluated as well
-RUNS[THREE] = ["python train.py --task=all --mix=arithmetic,logic,code "
+RUNS[THREE] = ["python train.py zero --task=all --mix=arithmetic,logic,code "
                "--base=out-all/base/ckpt.pt --seed=1 --threads=1 --out_dir=out-three"]
 
 
