@@ -24,8 +24,8 @@ import rewards  # noqa: E402
 FILE = os.path.join(ROOT, "assets", "results.json")
 SEEDS = (1, 2, 3)
 ASK = "python sample.py --numbers=3,7,2 --target=20 --n=1"
-STAGES = ("base", "zero", "dev1", "dev2", "dev3", "r1", "r1_hacked", "small_base", "small_zero",
-          "distill")
+STAGES = ("base", "zero", "zero_emoji", "dev1", "dev2", "dev3", "r1", "r1_hacked", "small_base",
+          "small_zero", "distill")
 SHOWN_STEPS = (1, 5, 10, 20, 40)
 RUNS = {}  # name: the commands that make it, the first of which ends with zero
 for seed in SEEDS:
@@ -36,6 +36,10 @@ RUNS[ALL] = [f"python train.py {stages} --task=all --seed=1 --threads=1 --out_di
 THREE = "three tasks, seed 1"  # RL on them, and countdown is evaluated as well
 RUNS[THREE] = ["python train.py zero --task=all --mix=arithmetic,logic,code "
                "--base=out-all/base/ckpt.pt --seed=1 --threads=1 --out_dir=out-three"]
+EMOJI = "emoji, seed 1"
+RUNS[EMOJI] = ["python train.py zero_emoji --base=out1/base/ckpt.pt --seed=1 --eval_every=0 "
+               "--threads=1 --out_dir=out-emoji"]
+FROM_A_BASE = (THREE, EMOJI)  # of another run, which is made before them
 
 
 # ------------------------------------------------------------------------------------------------
@@ -184,7 +188,7 @@ def blocks(results):
            "distillation": distillation_table(runs[ALL]["stages"]),
            "recipe": recipe_table(runs[ALL]["stages"])}
     out |= {name: f"```\n{text}\n```" for name, text in results["seen"].items()}
-    for name in ("speed", "speed_now"):
+    for name in ("speed", "speed_now", "rates"):
         head, *rows = results["earlier"][name]["rows"]
         out[name] = table(head, rows)
     out["smollm2"] = f"```\n{results['earlier']['smollm2']['text']}\n```"
@@ -257,7 +261,9 @@ def claims(results):
     each of them. The check of a row is as strong as the row's words."""
     runs = results["runs"]
     toy = {name: run["stages"] for name, run in toy_runs(runs).items()}
-    recipe, three = ({name: runs[name]["stages"]} if name in runs else {} for name in (ALL, THREE))
+    recipe, three, emoji = ({name: runs[name]["stages"]} if name in runs else {}
+                            for name in (ALL, THREE, EMOJI))
+    emoji = {name: {**stages, "zero": toy["seed 1"]["zero"]} for name, stages in emoji.items()}
 
     def get(of, stage, key="pass@1", task="countdown", show=pct):
         return by_seed([stages[stage][task][key] for stages in of.values()], show)
@@ -310,6 +316,12 @@ def claims(results):
         ["R1-Zero mixes languages in half of its completions or more, as its base does", toy,
          lambda: f"base {get(toy, 'base', 'mixes')} → zero {get(toy, 'zero', 'mixes')} % mix",
          lambda s: min(main(s, "base", "mixes"), main(s, "zero", "mixes")) >= 0.5],
+        ["with a reward for emoji 95 % or more of the lines end with one, and at most three points "
+         "less is right than without it, from the same base in as many steps", emoji,
+         lambda: f"lines {get(emoji, 'base', 'emoji')} → {get(emoji, 'zero_emoji', 'emoji')}, "
+         f"right {get(emoji, 'zero_emoji')} against {get(emoji, 'zero')} %",
+         lambda s: main(s, "zero_emoji", "emoji") >= 0.95
+         and main(s, "zero_emoji") >= main(s, "zero") - 0.03],
         ["one model learns countdown, arithmetic, logic and code by RL, each beyond what its base "
          "has right with tags left aside", recipe,
          lambda: f"{four('base')}, tags left aside {four('base', 'pass@1_untagged')} → "
@@ -472,10 +484,8 @@ def main():
     if args.run:
         names = [name for name in RUNS if name.startswith(tuple(args.only.split(";")))]
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(carry_out, [name for name in names if name != THREE]))
-        for name in names:
-            if name == THREE:  # it starts from another run's base
-                carry_out(name)
+            list(pool.map(carry_out, [name for name in names if name not in FROM_A_BASE]))
+            list(pool.map(carry_out, [name for name in names if name in FROM_A_BASE]))
         return
     if not args.write:
         found = gather()
