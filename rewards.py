@@ -203,7 +203,8 @@ BRACES = [  # the same from the inside out, for which they are replaced several 
 NAME = re.compile(r"(^|, )(?:\\?[^\W\d]+|\w\(\w\)|\(\w(?:, ?\w)*\)) ?= ?")  # x =, f(x) =
 MATHS = ("(?:arc)?(?:sin|cos|tan)[xyz]?|log|exp|sqrt|plus|minus|over|divided|squared|cubed|"
          "factorial|infinity|not|and|mod|choose")  # words, but no units
-UNIT = (r"_[1-9][0-9]?|(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|[㐀-鿿]+)| [mglsh]|"  # base 9, km/h, ...
+UNIT = (r"_[1-9][0-9]?|"  # base 9; or km/h, apples, ...
+        r"(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|[㐀-鿿]+)| [mglsh]|"
         rf"(?: |(?=[^\W\d_]{{4}}))(?!(?:{MATHS})\b)[^\W\d_]{{3,}})(?: [^\W\d_]+){{0,3}}"
         r"(?:/[^\W\d_]+)?(?: ?\^[23]|[²³])?")
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
@@ -305,8 +306,9 @@ def format_reward(problems, texts):
 
 
 SCRIPTS = {  # the letters of each script
-    "latin": "A-Za-zÀ-ÖØ-öø-ɏ", "han": "㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f", "kana": "぀-ヿ",
-    "hangul": "가-힯", "cyrillic": "Ѐ-ԯ", "greek": "Ͱ-Ͽ", "arabic": "؀-ۿ", "hebrew": "א-ת",
+    "latin": "A-Za-zÀ-ÖØ-öø-ɏ", "han": "㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f",
+    "kana": "぀-ヿ", "hangul": "가-힯", "cyrillic": "Ѐ-ԯ", "greek": "Ͱ-Ͽ",
+    "arabic": "؀-ۿ", "hebrew": "א-ת",
     "devanagari": "ऀ-ॿ", "thai": "฀-๿"}
 RUNS = {name: re.compile(f"[{letters}]+") for name, letters in SCRIPTS.items()}
 RUNS["other"] = re.compile(r"[^\W\d_" + "".join(SCRIPTS.values()) + "]")  # scripts not listed

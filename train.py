@@ -1,14 +1,14 @@
 """The DeepSeek-R1 pipeline on a laptop: this file turns the others into runs.
 
-    base ──── SFT: anybody's traces, --traces=FILE ──────► sft           instead of base for zero
-    base ──── GRPO: accuracy, format ────────────────────► zero          DeepSeek-R1-Zero
-    base ──── SFT: zero's most readable right traces ────► dev1          cold start
-    dev1 ──── GRPO: + one language ──────────────────────► dev2          reasoning RL
-    base ──── SFT: dev2's right traces, other replies ───► dev3          rejection sampling
-    dev3 ──── Bradley-Terry on pairs of its answers ─────► reward_model
-    dev3 ──── GRPO: + preference, harmlessness ──────────► r1            RL for all scenarios
-    small_base ─ SFT: r1's samples ──────────────────────► distill       distillation, beside it
-    small_base ─ GRPO: accuracy, format ─────────────────► small_zero    the small model, RL alone
+    base ---- SFT: anybody's traces, --traces=FILE ------> sft           instead of base for zero
+    base ---- GRPO: accuracy, format --------------------> zero          DeepSeek-R1-Zero
+    base ---- SFT: zero's most readable right traces ----> dev1          cold start
+    dev1 ---- GRPO: + one language ----------------------> dev2          reasoning RL
+    base ---- SFT: dev2's right traces, other replies ---> dev3          rejection sampling
+    dev3 ---- Bradley-Terry on pairs of its answers -----> reward_model
+    dev3 ---- GRPO: + preference, harmlessness ----------> r1            RL for all scenarios
+    small_base - SFT: r1's samples ----------------------> distill       distillation, beside it
+    small_base - GRPO: accuracy, format -----------------> small_zero    the small model, RL alone
 
     python train.py                         # base, then zero, then a table that compares them
     python train.py r1 distill small_zero --task=all --out_dir=out-all   # all of R1

@@ -27,7 +27,8 @@ from rewards import has_format, is_right, parse_expression
 TOK, CFG = load_tokenizer(), DataConfig()
 HITS = (" yes", " 对了")
 CHECK = re.compile(  # a result compared with the target
-    r"^(\d+)([-+*/])(\d+)=(\d+)(?: vs | 比 )(\d+)( yes| 对了| no| 不对)(?: 🤔| 🎉)?$", re.M)
+    r"^(\d+)([-+*/])(\d+)=(\d+)(?: vs | 比 )(\d+)"
+    r"( yes| 对了| no| 不对)(?: 🤔| 🎉)?$", re.M)
 STEP = re.compile(  # a result, compared or not
     r"^(?:(?:[0-9]+\. )?(?:keep|留) [\d, ]+: )?(\d+)([-+*/])(\d+)=(\d+)", re.M)
 
@@ -52,7 +53,8 @@ def right(problem, answer):
 
 
 @pytest.mark.parametrize("text", [
-    "", "hello", "世界 留 对了", "𝔘\x00\x7f\r\n\t", "1234567890", "07 100 99", "<think>\n</think>",
+    "", "hello", "世界 留 对了", "𝔘\x00\x7f\r\n\t", "1234567890", "07 100 99",
+    "<think>\n</think>",
     "<|end|><|pad|>", "e\u0301", "".join(map(chr, range(0x3000)))])
 def test_any_text_round_trips(text):
     assert TOK.decode(TOK.encode(text)) == text

@@ -46,7 +46,8 @@ STRANGE = [  # ... and must agree on these all the same
     "!\x04! a\x04b 1\x041", "a's\x04 \x04  \x04\n\n\x04", "\U000f8e4e\U0009a546 \U00042345x",
     "\ufeffBOM \u200b \u00a0 \u2003 \u3000.", "<|im_start|>user\nhi<|im_end|>\n",
     "<think></think><|im_end", "<<|im_end|>>", "x<|endoftext|><|endoftext|>y",
-    "ｆｕｌｌ ｗｉｄｔｈ １２", "שלום مرحبا हिन्दी ไทย", "👨‍👩‍👧‍👦",
+    "ｆｕｌｌ ｗｉｄｔｈ １２",
+    "שלום مرحبا हिन्दी ไทย", "👨‍👩‍👧‍👦",
     "_under_score__ CamelCase", "\\frac{1}{2} \\boxed{72} $18",
     "..." * 20, " " * 50 + "7", "a" * 300, "\n" * 30 + "x",
 ]

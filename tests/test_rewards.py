@@ -176,7 +176,8 @@ HOSTILE = [
         "(", "[(", ",", " ", "{", "\\boxed{", "\\frac{", "\\frac1", "^{", "a ", "x=", "1,", "*",
         "1/", "\\text{a}", "\\sqrt", "\\\\", ",(", "1 a ", " and", "\\frac{1}{", "}{", "∞", "(a,",
         "$")],
-    "世界" * 90_000, "a世" * 90_000, "<think>" + "a 世 б " * 30_000 + "</think>", "a " * 99_000,
+    "世界" * 90_000, "a世" * 90_000, "<think>" + "a 世 б " * 30_000 + "</think>",
+    "a " * 99_000,
     "<think>\n</think>\n<answer>" + "1" * 199_000 + "</answer>",
 ]
 
@@ -382,7 +383,8 @@ def test_replies_that_say_the_same_have_one_canonical_form():
 
 
 @pytest.mark.parametrize("thinking, share", [
-    ("keep 3: 2+1=3 vs 4 no", 1), ("留 3: 2+1=3 比 4 不对", 0), ("keep 3: 2+1=3 比 4 no", 2 / 3),
+    ("keep 3: 2+1=3 vs 4 no", 1), ("留 3: 2+1=3 比 4 不对", 0),
+    ("keep 3: 2+1=3 比 4 no", 2 / 3),
     ("no 不对", 1 / 2), ("no 都不行", 1 / 3),  # a Chinese word is two signs or one
     ("да no", 1 / 2), ("ａ no", 1 / 2), ("naïve café", 1), ("ok。好的好的", 1 / 3),
     ("ok はい", 1 / 2)])

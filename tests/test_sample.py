@@ -79,7 +79,8 @@ def test_evaluation_counts_what_it_says(monkeypatch):
 
 
 def test_an_answer_without_tags_is_right_but_for_its_tags(monkeypatch):
-    texts = ["answer: 3+7", "3*7=21 no\nI give up\n答案: 7+3", "<think>\nhm\n</think>\nanswer: 3+7",
+    texts = ["answer: 3+7", "3*7=21 no\nI give up\n答案: 7+3",
+             "<think>\nhm\n</think>\nanswer: 3+7",
              "answer: 3*7\nanswer: 3+7", "<think>\n</think>\n<answer>3+7</answer>",
              "answer: 3*7", "answer: 3+7=10", "<answer>3*7</answer>", "<answer>3+7", ""]
     tok = says(monkeypatch, texts)

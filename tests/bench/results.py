@@ -284,8 +284,9 @@ def claims(results):
         return rates["reward_model"] - rates["gold"]
 
     def after_dev3(stage):
-        return (f"chat right {get(recipe, 'dev3', task='chat')} → {get(recipe, stage, task='chat')}"
-                f", declined {get(recipe, 'dev3', task='unsafe')} → "
+        return (f"chat right {get(recipe, 'dev3', task='chat')} → "
+                f"{get(recipe, stage, task='chat')}, "
+                f"declined {get(recipe, 'dev3', task='unsafe')} → "
                 f"{get(recipe, stage, task='unsafe')}, wins by gold reward "
                 f"{get(recipe, stage, 'gold', 'win_rate')}, says the reward model "
                 f"{get(recipe, stage, 'reward_model', 'win_rate')} %")
