@@ -16,15 +16,15 @@ The words:
                  to 1 - eps ... 1 + eps
 
 Why it works. RL wants a higher expected reward. The reward itself has no gradient: it is made of
-sampled text. But with pi(o) the policy's probability of a completion o, the product of those
-of its tokens, the gradient of the expectation can be estimated from samples:
+sampled text. But with pi(o) the policy's probability of a completion o, the product of those of
+its tokens, the gradient can be estimated from samples, since grad pi = pi grad log pi:
 
     grad E[r] = grad sum_o pi(o) r(o) = sum_o pi(o) r(o) grad log pi(o) = E[r(o) grad log pi(o)]
 
 So sample, and push each sample's log-probs up in proportion to its reward. Any baseline b that does
 not depend on the sample may be subtracted from the reward: E[b grad log pi] = b grad sum_o pi(o) =
-0, so the mean gradient stays, and a b near the mean reward lowers its noise. PPO, the usual
-algorithm before it, trains a second network to guess that mean; GRPO takes the group's.
+b grad 1 = 0, so the mean gradient stays, and a b near the mean reward lowers its noise. PPO, the
+usual algorithm before it, trains a second network to guess that mean; GRPO takes the group's.
 
 For every problem q sample o_1 ... o_G from the policy as it is now, pi_old, and reward them with
 r_1 ... r_G. All tokens o_t of a completion have its advantage A. Then
@@ -154,8 +154,8 @@ def train_grpo(policy, ref, env, run, cfg):
         sync_weights(sampler, policy)
 
         sampled, groups = [], []  # all groups of this step, and those that it learns from
-        # Once by default. Dynamic sampling drops groups that teach nothing and draws others; those
-        # of the last round stay.
+        # One round by default, nothing dropped. Each further one (dynamic sampling) first drops the
+        # groups that teach nothing, and draws others.
         for _ in range(1 + cfg.dynamic_sampling):
             groups = [group for group in groups if any(sample.adv for sample in group)]
             if len(groups) == P:
