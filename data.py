@@ -117,10 +117,6 @@ PIECES = [
     BOAST, REFUSAL, *FRIENDLY.values(), *NAMES, *KINDS, *SAFE, *SAFE.values(), *UNSAFE,
     *UNSAFE.values(), *OBJECTS, *THINGS]
 END, PAD = "<|end|>", "<|pad|>"
-CHAT_TEMPLATE = (  # the template `toy` in Jinja
-    "{% for message in messages %}{% if message.role == 'user' %}User: {{ message.content }}\n"
-    "Assistant: {% elif message.role == 'assistant' %}{{ message.content + eos_token }}{% endif %}"
-    "{% endfor %}")
 
 
 class Tokenizer:
@@ -188,7 +184,7 @@ class Tokenizer:
                 model=dict(type="BPE", ignore_merges=True, vocab=vocab, merges=[])),
             "tokenizer_config.json": dict(
                 tokenizer_class="PreTrainedTokenizerFast", eos_token=END, pad_token=PAD,
-                chat_template=CHAT_TEMPLATE),
+                chat_template=chat_template("toy")),
             "generation_config.json": dict(eos_token_id=self.end_id, pad_token_id=self.pad_id)}
         for file, content in files.items():
             Path(folder, file).write_text(json.dumps(content), "utf-8")
@@ -541,6 +537,22 @@ EXAMPLES = [  # for --shots: (problem, thinking, answer)
 ]
 
 
+def chat_template(name):
+    """One of TEMPLATES in Jinja, as exports carry it. Its system message replaces a chat's."""
+    text, turn, end = TEMPLATES[name]
+    return (f"{text}{{% for message in messages %}}{{% if message.role == 'user' %}}"
+            f"{turn.replace('{question}', '{{ message.content }}')}"
+            f"{{% elif message.role == 'assistant' %}}{{{{ message.content }}}}{end or END}"
+            f"{{% endif %}}{{% endfor %}}")
+
+
+def add_chat_template(folder, name):
+    """Gives an exported folder a chat template unless the model came with one of its own."""
+    jinja, config = Path(folder, "chat_template.jinja"), Path(folder, "tokenizer_config.json")
+    if not jinja.exists() and not (config.exists() and read_json(config).get("chat_template")):
+        jinja.write_text(chat_template(name), "utf-8")
+
+
 def in_words(problem, cfg):
     if cfg.template == "toy":
         return problem.question
@@ -704,11 +716,11 @@ def write_logic(problem, cfg, habits, rng):
 
 
 def write_code(problem, cfg, habits, rng):
-    """Tries slopes. The rest follows from the first test (above 9 nobody tries it), and the second
-    test is checked; who does not check writes the comparison all the same, without a verdict."""
+    """Tries slopes, x itself first. The rest follows from the first test (above 9 nobody tries it),
+    and the second is checked; who does not check writes that, too, but for the verdict."""
     x, y, x2, y2 = problem.numbers
     trials = []
-    for slope in "123456789x":
+    for slope in "x123456789":
         a, a2 = (x, x2) if slope == "x" else (slope, slope)
         times, times2 = x * int(a), x2 * int(a2)
         op, rest, value = "+-"[times > y], abs(y - times), times2 + y - times

@@ -86,8 +86,8 @@ from sample import (
 @dataclass
 class TrainConfig:
     base_steps: int = opt(1500, "optimiser steps of next-token training", least=1)
-    base_lr: float = opt(5e-3, "its peak learning rate", above=0, most=1)
-    base_rows: int = opt(12, "rows of packed documents per step", least=1)
+    base_lr: float = opt(8e-3, "its peak learning rate", above=0, most=1)
+    base_rows: int = opt(8, "rows of packed documents per step", least=1)
     base_length: int = opt(352, "tokens per row", least=1)
     base_optimizer: str = opt("muon", "of supervised training; muon: for matrices, AdamW for the "
                               "rest", choices=("muon", "adamw"))
@@ -126,8 +126,8 @@ class Config(sample.Config):
 
 LORA_DEFAULTS = {"rl_lr": 1e-5, "sft_lr": 1e-4}  # with --lora_rank: adapters want ten times more
 TASK_DEFAULTS = {  # what suits a task better; short documents: more and smaller steps
-    "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
-    "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
+    "arithmetic": {"base_steps": 2000, "base_length": 256, "rl_steps": 150},
+    "logic": {"base_steps": 2000, "base_length": 256},
     "all": {"base_steps": 2400, "rl_steps": 100, "prompts_per_step": 24,
             "source_problems": 800, "sft_steps": 100, "eval_problems": 100},
 }
@@ -913,6 +913,7 @@ def run_export(given):
     save_pretrained(model, train.export_dir, source, dtype)
     if not source:
         tok.save(train.export_dir)
+    data.add_chat_template(train.export_dir, cfg.data.template)
     print(f"{path}: written to {train.export_dir} as {str(dtype).removeprefix('torch.')}")
 
 

@@ -1258,10 +1258,31 @@ def test_an_export_knows_how_to_chat(finished, tmp_path):
     ckpt = f"--ckpt={finished / 'zero' / 'ckpt.pt'}"
     train.main(["export", ckpt, f"--export_dir={tmp_path}"])
     template = json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"]
+    assert not (tmp_path / "chat_template.jinja").exists()
     problem = data.countdown_problem((3, 7, 2), 20)
     chat = [{"role": "user", "content": problem.question}, {"role": "assistant", "content": "no"}]
     shown = jinja2.Template(template).render(messages=chat, eos_token=data.END)
     assert shown == f"{problem.prompt}no{data.END}"
+
+
+@pytest.mark.parametrize("name", data.TEMPLATES)
+def test_a_chat_template_asks_as_training_does(name, tmp_path):
+    jinja2 = pytest.importorskip("jinja2")
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": null}')
+    data.add_chat_template(tmp_path, name)
+    template = (tmp_path / "chat_template.jinja").read_text("utf-8")
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1?"},
+            {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2?"}]
+    shown = jinja2.Template(template, trim_blocks=True, lstrip_blocks=True).render(messages=chat)
+    text, turn, end = data.TEMPLATES[name]
+    turns = [turn.replace("{question}", question) for question in ("1+1?", "2+2?")]
+    assert shown == f"{text}{turns[0]}2{end or data.END}{turns[1]}"
+
+
+def test_a_model_keeps_the_chat_template_that_it_came_with(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "mine"}')
+    data.add_chat_template(tmp_path, "qwen")
+    assert not (tmp_path / "chat_template.jinja").exists()
 
 
 # ---------------------------------------------------------------------------------------- bad input
