@@ -3,6 +3,7 @@ what it wrote into assets/results.json, and writes the tables from there. tests/
 compares them.
 
     python tests/bench/results.py --run       # hours: everything, in out1, out2, ...; resumes
+    python tests/bench/results.py --run --jobs=1 --only="seed 1;controls, seed 1"
     python tests/bench/results.py             # then: gather, and write the tables
     python tests/bench/results.py --write     # write the tables from assets/results.json as it is
 """
@@ -39,7 +40,17 @@ RUNS[THREE] = ["python train.py zero --task=all --mix=arithmetic,logic,code "
 EMOJI = "emoji, seed 1"
 RUNS[EMOJI] = ["python train.py zero_emoji --base=out1/base/ckpt.pt --seed=1 --eval_every=0 "
                "--threads=1 --out_dir=out-emoji"]
-FROM_A_BASE = (THREE, EMOJI)  # of another run, which is made before them
+CONTROLS = {  # in the folder of a seed
+    f"controls, seed {seed}": [
+        f"python tests/bench/evidence.py {control} --threads=1 --out_dir=out{seed}" for control in (
+            "shuffle --eval_problems=100", "alone --eval_problems=100", "steps --problems=100",
+            "budget --problems=100", "passk --problems=100 --samples=128")] for seed in SEEDS}
+FROM_A_BASE = (THREE, EMOJI, *CONTROLS)  # of another run, which is made before them
+FOLDERS = " ".join(f"out{seed}" for seed in SEEDS)
+PICTURES = [f"python tests/bench/curves.py {FOLDERS} --to=assets/zero.png",  # want matplotlib
+            "python tests/bench/curves.py out-all --to=assets/all.png",
+            "python tests/bench/pipeline.py --to=assets/pipeline.png",
+            f"python tests/bench/evidence.py draw {FOLDERS} --to=assets"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -47,7 +58,7 @@ FROM_A_BASE = (THREE, EMOJI)  # of another run, which is made before them
 
 
 def folder(name):
-    return os.path.join(ROOT, RUNS[name][0].split("--out_dir=")[1])
+    return os.path.join(ROOT, (RUNS | CONTROLS)[name][0].split("--out_dir=")[1])
 
 
 def read(path):
@@ -61,7 +72,7 @@ def carry_out(name):
     os.makedirs(folder(name), exist_ok=True)
     path = os.path.join(folder(name), "made.json")
     made = read(path) if os.path.exists(path) else {}
-    for command in RUNS[name]:
+    for command in (RUNS | CONTROLS)[name]:
         if command in made:
             continue
         begun_with = commit()
@@ -372,8 +383,10 @@ def claims(results):
         except KeyError as e:
             if e.args[0] not in STAGES:  # only a stage that was not run makes no row
                 raise
-    for name, found in results["evidence"].items():
-        shown += [[row[0], f"{name}, {row[1]}", *row[2:]] for row in evidence_rows([found])]
+    evidence = results["evidence"]
+    for claim, command, *others in evidence_rows(list(evidence.values())):
+        seeds = [name.split(" ")[1] for name in evidence if command.strip("`") in evidence[name]]
+        shown.append([claim, f"seed {' / '.join(seeds)}, {command}", *others])
     return table(head, shown)
 
 
@@ -483,10 +496,12 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a core each")
     args = parser.parse_args()
     if args.run:
-        names = [name for name in RUNS if name.startswith(tuple(args.only.split(";")))]
+        names = [name for name in RUNS | CONTROLS if name.startswith(tuple(args.only.split(";")))]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(carry_out, [name for name in names if name not in FROM_A_BASE]))
             list(pool.map(carry_out, [name for name in names if name in FROM_A_BASE]))
+        for command in PICTURES if names == [*RUNS, *CONTROLS] else ():
+            subprocess.run([sys.executable, *command.split()[1:]], cwd=ROOT, check=True)
         return
     if not args.write:
         found = gather()
