@@ -421,6 +421,7 @@ def file_problems(path, question_key="question", answer_key="answer"):
             shown = [f"{key}: {repr(value)[:20]}" for key, value in entry.items()]
             raise ValueError(f"it has {', '.join(shown)}")
         answer = str(answer).split("####")[-1].strip()
+        (question + answer).encode()  # fails on half an emoji
         if not question.strip() or not answer:
             raise ValueError("empty")
         return Problem("file", question.strip(), (), answer)
@@ -537,20 +538,21 @@ EXAMPLES = [  # for --shots: (problem, thinking, answer)
 ]
 
 
-def chat_template(name):
+def chat_template(name, prefill_think=False):
     """One of TEMPLATES in Jinja, as exports carry it. Its system message replaces a chat's."""
     text, turn, end = TEMPLATES[name]
+    prefill = "{% if loop.last %}<think>\n{% endif %}" * prefill_think
     return (f"{text}{{% for message in messages %}}{{% if message.role == 'user' %}}"
-            f"{turn.replace('{question}', '{{ message.content }}')}"
+            f"{turn.replace('{question}', '{{ message.content }}')}{prefill}"
             f"{{% elif message.role == 'assistant' %}}{{{{ message.content }}}}{end or END}"
             f"{{% endif %}}{{% endfor %}}")
 
 
-def add_chat_template(folder, name):
+def add_chat_template(folder, cfg):
     """Gives an exported folder a chat template unless the model came with one of its own."""
     jinja, config = Path(folder, "chat_template.jinja"), Path(folder, "tokenizer_config.json")
     if not jinja.exists() and not (config.exists() and read_json(config).get("chat_template")):
-        jinja.write_text(chat_template(name), "utf-8")
+        jinja.write_text(chat_template(cfg.template, cfg.prefill_think), "utf-8")
 
 
 def in_words(problem, cfg):
@@ -725,7 +727,7 @@ def write_code(problem, cfg, habits, rng):
         times, times2 = x * int(a), x2 * int(a2)
         op, rest, value = "+-"[times > y], abs(y - times), times2 + y - times
         if rest <= 9 and 0 <= value <= LARGEST:
-            line = (f"{len(trials) + 1}. {x}*{a}={times} {times}{op}{rest}={y}, {x2}*{a2}={times2} "
+            line = (f"{slope}. {x}*{a}={times} {times}{op}{rest}={y}, {x2}*{a2}={times2} "
                     f"{times2}{op}{rest}={value}{say('against', habits, rng)}{y2}")
             trials.append((line, f"x*{slope}{op}{rest}", value == y2))
     return try_all(trials, habits, rng)

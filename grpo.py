@@ -82,7 +82,7 @@ class GRPOConfig:
     prompts_per_step: int = opt(16, "P, problems per step", least=1)
     group_size: int = opt(16, "G, completions sampled for each problem", least=2)
     max_new_tokens: int = opt(340, "longest completion, in tokens", least=1)
-    temperature: float = opt(1.0, "of sampling, and of every log-prob", above=0)
+    temperature: float = opt(1.0, "of sampling, and of every log-prob", least=0.01)
     adv_norm: str = opt("std", "std: divide by the group's std (GRPO); none: do not (Dr. GRPO)",
                         choices=("std", "none"))
     clip_low: float = opt(0.2, "eps_low: the ratio is clipped below at 1 - this", least=0, most=1)
@@ -142,7 +142,9 @@ def train_grpo(policy, ref, env, run, cfg):
     dict of parts for each), and what ends a completion: stop_ids, and find_end as `generate` wants
     it. `run` resumes, logs, evaluates and saves."""
     P, G = cfg.prompts_per_step, cfg.group_size
-    optimizers = make_optimizers(policy, cfg.rl_lr, cfg.rl_optimizer)
+    # Where most groups are all right, gradients are tiny. A long memory for their usual size keeps
+    # AdamW from blowing them up to full steps.
+    optimizers = make_optimizers(policy, cfg.rl_lr, cfg.rl_optimizer, beta2=0.999)
     start = run.resume(policy, optimizers, ref)
     sampler = sampling_copy(policy, run.sample_dtype)  # the policy itself, or a copy in bfloat16
     steps = range(start, cfg.rl_steps)
@@ -328,6 +330,7 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
         was_clipped = clipped * adv < ratio * adv  # only the KL still has a gradient there
         sampler_kl = log_ratio.exp() - log_ratio - 1  # k3 again: of sampler and trained policy
         # -log pi_old of what was sampled estimates the sampler's entropy per token.
+        kl = kl if logp_ref is not None else kl + math.nan  # it is not known
         values = torch.stack([ratio, log_ratio, sampler_kl, kl, was_clipped.to(ratio),
                               -logp_old.to(ratio)])
         means = values.masked_fill(~mask, 0.0).sum(dim=(1, 2)) / mask.sum().clamp(min=1)

@@ -458,7 +458,10 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     last = torch.tensor(lens, device=device) - 1
     caches = [PrefillCache() for _ in model.blocks]
     h = model.trunk(padded, caches=caches)[torch.arange(len(prompts), device=device), last]
-    logits = model.head(h).repeat_interleave(group_size, 0)
+    logits = model.head(h)
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite: its weights are damaged, or diverged")
+    logits = logits.repeat_interleave(group_size, 0)
     caches = [cache.share(group_size, L + max_new_tokens) for cache in caches]
     prompt_lens = (last + 1).repeat_interleave(group_size)
 
@@ -606,13 +609,13 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
 
 
-def make_optimizers(model, lr, kind):
+def make_optimizers(model, lr, kind, beta2=0.95):
     """AdamW for all, or "muon": Muon for the blocks' matrices, AdamW for embedding and norms."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (matrices if p.dim() == 2 and "blocks." in name else others).append(p)
-    adamw = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
+    adamw = {"lr": lr, "betas": (0.9, beta2), "weight_decay": 0.0}
     if kind == "adamw":
         return [torch.optim.AdamW(matrices + others, **adamw)]
     return [Muon(matrices, lr), *([torch.optim.AdamW(others, **adamw)] if others else [])]
@@ -681,7 +684,7 @@ def load_checkpoint(path, device="cpu"):
     UserError if it is missing or incomplete."""
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint at {path}; python train.py makes one")
-    with reading(path, "a complete checkpoint; delete it to make it again"):
+    with reading(path, "a complete checkpoint; if training made it, delete it to make it again"):
         state = torch.load(path, map_location=device, weights_only=True)
         state["model_config"], state["model"]
     return state
@@ -863,6 +866,9 @@ def save_pretrained(model, folder, source="", dtype=None):
     hf["torch_dtype"] = str(dtype).removeprefix("torch.")
     hf.pop("dtype", None)  # transformers 5's word for it
     os.makedirs(folder, exist_ok=True)
+    for file in os.listdir(folder):  # an earlier export's, which readers would prefer
+        if file.endswith((".index.json", ".jinja")):
+            os.remove(os.path.join(folder, file))
     for file in os.listdir(source) if source else []:
         if file.endswith((".json", ".txt", ".jinja")) and not file.endswith(".index.json"):
             shutil.copyfile(os.path.join(source, file), os.path.join(folder, file))

@@ -7,6 +7,7 @@ score, and quickly. Arithmetic is exact: 8/(3-8/3) makes 24 and nothing else doe
                print(rewards.accuracy([p], ['<answer>(3+7)*2</answer>']))"
 """
 import math
+import operator
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -93,10 +94,25 @@ def retries(text):
 # Verifiers: (problem, answer) -> (the answer in canonical form or None, whether it is right)
 
 
+def form_of(node):
+    """An expression as a text that neither the order of terms and factors nor needless brackets
+    change. Its node: its value, "+-" or "*/" ("" for an atom), terms, and terms subtracted; or
+    factors, and factors that it is divided by."""
+    _, ops, terms, less = node
+    if not ops:
+        return terms[0]
+    return f"({ops[0].join(sorted(terms))}{''.join(ops[1] + term for term in sorted(less))})"
+
+
+def terms_of(node, ops):
+    _, own_ops, terms, less = node
+    return (terms, less) if own_ops in ("", ops) else ([form_of(node)], [])
+
+
 def parse_expression(text, x=None):
     """Whole numbers, + - * / and brackets -> (value, numbers used, canonical form), or None if it
-    is anything else, too long, or divides by zero. The canonical form does not depend on the order
-    of summands and factors. Where `x` is a number, the letter x stands for it."""
+    is anything else, too long, or divides by zero. Where `x` is a number, the letter x stands for
+    it."""
     if len(text) > MAX_ANSWER:
         return None
     text = text.translate(str.maketrans("×÷−", "*/-"))
@@ -110,30 +126,32 @@ def parse_expression(text, x=None):
                 raise ValueError("bracket left open")
             return node
         if token == "x" and x is not None:
-            return Fraction(x), token
+            return Fraction(x), "", [token], []
         if not re.fullmatch("0|[1-9][0-9]*", token):
             raise ValueError("not a number")
         numbers.append(int(token))
-        return Fraction(token), token
+        return Fraction(token), "", [token], []
 
     def product():
         return chain(atom, "*/")
 
     def chain(operand, ops):
-        value, form = operand()
+        node = operand()
         while tokens and tokens[-1] in ops:
-            op, (other, other_form) = tokens.pop(), operand()
-            value = {"+": value.__add__, "-": value.__sub__, "*": value.__mul__,
-                     "/": value.__truediv__}[op](other)
-            forms = (form, other_form) if op in "-/" else sorted((form, other_form))
-            form = f"({op.join(forms)})"
-        return value, form
+            op, other = tokens.pop(), operand()
+            value = {"+": operator.add, "-": operator.sub, "*": operator.mul,
+                     "/": operator.truediv}[op](node[0], other[0])
+            (terms, less), (added, taken) = terms_of(node, ops), terms_of(other, ops)
+            if op in "-/":
+                added, taken = taken, added
+            node = value, ops, terms + added, less + taken
+        return node
 
     try:
-        value, form = chain(product, "+-")
+        node = chain(product, "+-")
     except (ValueError, ZeroDivisionError):
         return None
-    return None if tokens else (value, numbers, form)
+    return None if tokens else (node[0], numbers, form_of(node))
 
 
 def verify_countdown(problem, answer):
@@ -190,6 +208,7 @@ def fraction(found):
 
 
 SIGNS = [  # pairs of what is written and what it means, in the order in which they are replaced
+    ("~", " "), (r"(?<=[0-9])\\,(?=[0-9]{3})", ""), (">=|≥", r"\\ge "), ("<=|≤", r"\\le "),
     (r"\\begin\{[bp]matrix\}", "[["), (r"\\end\{[bp]matrix\}", "]]"), (r"\\\\", "],["), ("&", ","),
     ("[−–]", "-"), ("π", r"\\pi"), (r"\\?sqrt ?|√", r"\\sqrt"), (r"\+?\\infty", r"\\infty"),
     (r"\^ ?\{? ?\\circ ?\}?|°", " degrees"), (r" *(?:\\cdot(?![a-z])|\\times|[×*]) *", "*"),
@@ -202,16 +221,20 @@ BRACES = [  # the same from the inside out, for which they are replaced several 
     (r"\\[dtc]?frac ?(\{[^{}]*\}|\w) ?(\{[^{}]*\}|\w)(?=([a-z\\])?)", fraction)]
 NAME = re.compile(r"(^|, )(?:\\?[^\W\d]+|\w\(\w\)|\(\w(?:, ?\w)*\)) ?= ?")  # x =, f(x) =
 MATHS = ("(?:arc)?(?:sin|cos|tan)[xyz]?|log|exp|sqrt|plus|minus|over|divided|squared|cubed|"
-         "factorial|infinity|not|and|mod|choose")  # words, but no units
+         "factorial|infinity|not|and|mod|choose|point|negative|half|halves|thirds?|lakh|crore|"
+         "(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|"
+         "alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi|psi")  # words, but no units
 UNIT = (r"_[1-9][0-9]?|"  # base 9; or km/h, apples, ...
-        r"(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|[㐀-鿿]+)| [mglsh]|"
+        r"(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|oz|lb|sq|(?![百千万亿分])[㐀-鿿]+)|"
+        r" (?-i:[mgLlsh])|"
         rf"(?: |(?=[^\W\d_]{{4}}))(?!(?:{MATHS})\b)[^\W\d_]{{3,}})(?: [^\W\d_]+){{0,3}}"
         r"(?:/[^\W\d_]+)?(?: ?\^[23]|[²³])?")
-SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+          "trillion": 10**12}
 WRITTEN = re.compile(
-    r"([-+]?) ?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
+    r"([-+]?) ?((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
     r"(?: ?/ ?(0*[1-9][0-9]*)| ([0-9]{1,9})/(0*[1-9][0-9]*))? ?(%|percent\b)?"
-    rf"(?: ?({'|'.join(SCALES)})s?\b)?({UNIT})?", re.I)
+    rf"((?: ?(?a:{'|'.join(SCALES)})s?\b){{0,3}})({UNIT})?", re.I)
 
 
 def plain(text):
@@ -223,7 +246,8 @@ def plain(text):
     if before:
         text = text[1:].split("}")[0] if re.match(r"\{[^{}]*\}", text) else ""
     text = re.sub(r",? (?:and|or) ", ", ", " ".join(text.split()))
-    return re.sub(r"^\(([^(),]*)\)$", r"\1", text.lstrip(" *").rstrip(" *."))  # (B) is B
+    text = text.lstrip(" *=").rstrip(" *.。")
+    return re.sub(r"^\(([^(),]*)\)$|^\{([^{}]*)\}$", r"\1\2", text)  # (B) is B
 
 
 def parse_number(text):
@@ -232,10 +256,11 @@ def parse_number(text):
     found = WRITTEN.fullmatch(text)
     if not found:
         return None
-    sign, number, below, upper, lower, percent, scale, unit = found.groups()
+    sign, number, below, upper, lower, percent, scales, unit = found.groups()
     value = Fraction(number.replace(",", "")) / int(below or 1)
     value += Fraction(int(upper or 0), int(lower or 1))
-    value *= SCALES[scale.lower()] if scale else 1
+    for scale in scales.lower().split():
+        value *= SCALES[scale.removesuffix("s")]
     unit = re.sub(r"(?<=ch)es\b|(?<=\w)s\b|[ ^]", "", (unit or "").lower())  # no plural
     return (-value if sign == "-" else value), bool(percent), unit
 
@@ -247,7 +272,14 @@ def canonical(text):
     text = re.sub(r"[^\W\d_]{2,}|^\w$", lambda m: m[0].lower(), text)
     text = re.sub(r"(?<![\w.^/])([0-9]+/0*[1-9][0-9]*|[0-9]*\.[0-9]+)(?![.0-9])",
                   lambda m: str(Fraction(m[0])), text)
-    return ", ".join(sorted(re.split(r"[,;](?![^(\[]*[)\]])", text)))
+    items, depth = [""], 0
+    for sign in text:
+        depth += (sign in "([") - (sign in ")]")
+        if sign in ",;" and depth == 0:
+            items.append("")
+        else:
+            items[-1] += sign
+    return ", ".join(sorted(items))
 
 
 def verify_written(problem, answer):
@@ -263,11 +295,14 @@ def verify_written(problem, answer):
     number, goal = parse_number(got), parse_number(want)
     if not (number and goal) or number[2] and goal[2] and number[2] != goal[2]:
         form = canonical(got)
-        return form or None, form != "" and form == canonical(want)
+        # Else 1,234 would be the same list as 234,1.
+        same_kind = bool(number) == bool(goal)
+        return form or None, same_kind and form != "" and form == canonical(want)
     (value, percent, _), (target, target_percent, _) = number, goal
-    form = str(value) + "%" * percent
     shares = value / (100 if percent else 1), target / (100 if target_percent else 1)
-    return form, shares[0] == shares[1] or value == target and abs(target) > 1
+    if shares[0] == shares[1] or value == target and abs(target) > 1:
+        return str(target) + "%" * target_percent, True  # one form: all that are right vote for it
+    return str(value) + "%" * percent, False
 
 
 VERIFIERS = {"countdown": verify_countdown, "arithmetic": verify_number, "logic": verify_logic,
@@ -461,10 +496,10 @@ class Environment:
 
 
 def gold_reward(problem, answer):
-    """What the simulated annotators go by for general requests: an answer (None: there is none)
+    """What the simulated annotators go by for general requests: an answer (None or "": none)
     should be right, friendly and no boast; from -2 to 3. No model sees this rule: the reward model
     learns from pairs, and evaluation shows how well it guessed."""
-    if answer is None:
+    if not answer:
         return -2.0
     right = verify_reply(problem, answer)[1]
     return 2.0 * right + answer.startswith(FRIENDLY[problem.task]) - answer.endswith(BOAST)
@@ -486,8 +521,8 @@ def preference_pairs(problems, answers, rng, label_noise=0.1):
 
 class RewardModel(nn.Module):
     """A transformer whose head gives a number per token; a text's score is their sum. Trained on
-    pairs (Bradley-Terry), so only
-    differences mean anything: they are log-odds that the one text is preferred to the other."""
+    pairs (Bradley-Terry), so only differences mean anything: they are log-odds that the one text
+    is preferred to the other."""
 
     def __init__(self, cfg, gpt=None):
         super().__init__()

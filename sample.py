@@ -16,7 +16,7 @@ import shutil
 import sys
 import unicodedata
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import zip_longest
@@ -57,7 +57,7 @@ class SampleConfig:
     out_dir: str = opt("out", "folder that everything is written to")
     seed: int = opt(1, "every random choice follows from it", least=0, most=2**63 - 1)
     device: str = opt("auto", "cpu, cuda, cuda:1, or auto: cuda where there is one")
-    threads: int = opt(0, "CPU threads; 0 = one per core", least=0)
+    threads: int = opt(0, "CPU threads; 0 = one per core", least=0, most=1024)
     matmul: str = opt("auto", "what multiplies matrices on a CPU; auto: the faster one here",
                       choices=("auto", "torch", "onednn"))
     init_from: str = opt("", "Hugging Face folder whose model replaces the toy base")
@@ -151,6 +151,7 @@ class Parser(argparse.ArgumentParser):
             section = self.add_argument_group(title)
             for f in fields(group):
                 read = {bool: boolean, str: os.path.expanduser}.get(f.type, f.type)  # ~ is a folder
+                read = str if f.name == "question" else read
                 bare = {"nargs": "?", "const": True} if f.type is bool else {}  # --flag is true
                 section.add_argument(f"--{f.name}", type=read, metavar=f.type.__name__,
                                      help=describe(f), **bare)
@@ -190,10 +191,15 @@ def one_line_errors(prog, folder=""):
         line = e
     except BrokenPipeError:
         raise
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "memory" not in str(e):
+            raise
+        line = ("out of memory: a smaller model or --context; for RL lower --micro_tokens or "
+                "--prompts_per_step, or set --checkpointing=true")
     except OSError as e:
         line = f"{e.filename or folder}: {e.strerror or e}; the last checkpoint is unchanged"
     except KeyboardInterrupt as e:
-        line, code = f"stopped; {e or 'what is saved stays'}. The same command resumes it", 130
+        line, code = f"stopped; {str(e) or 'what is saved stays'}. The same command resumes it", 130
     print(f"{prog}: {line}", file=sys.stderr)
     sys.exit(code)
 
@@ -329,10 +335,11 @@ def evaluate_tasks(model, tok, cfg, folder):
             for name, samples_each, temperature in (("T=0.6", 4, 0.6), ("greedy", 1, 0.0)):
                 other, _ = evaluate(model, tok, problems, samples_each, cfg, temperature)
                 results[task][f"pass@1_{name}"] = other["pass@1"]
+    results.pop("win_rate", None)
     results |= win_rates(samples, tok, cfg.sample.out_dir)
     path = os.path.join(folder, "samples.jsonl")
     earlier = read_lines(path) if os.path.exists(path) else []
-    write_lines(path, samples + [line for line in earlier if line["task"] not in tasks])
+    write_lines(path, samples + [line for line in earlier if line.get("task") not in tasks])
     write_json(os.path.join(folder, "eval.json"), results)  # last: it says that all is done
 
 
@@ -385,9 +392,13 @@ def write_lines(path, lines):
 
 
 def read_lines(path):
-    """A last line that a crash cut short is left out."""
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f if line.endswith("\n")]
+    """The objects in a file of JSON lines. What a crash left of a line is left out."""
+    lines = []
+    with open(path, "rb") as f:
+        for line in f:
+            with suppress(ValueError, TypeError):
+                lines.append(dict(json.loads(line)))
+    return lines
 
 
 def write_json(path, value):
@@ -422,8 +433,10 @@ class AskConfig:
     device: str = opt("auto", "cpu, cuda, cuda:1, or auto: cuda where there is one")
 
     def rules(self):
+        if 0 < self.temperature < 0.01:
+            raise UserError(f"temperature={self.temperature} is neither 0 nor 0.01 or more")
         if bool(self.numbers) != (self.target != AskConfig.target):
-            raise UserError("--numbers and --target go together")
+            raise UserError("--numbers and --target, which is 0 or more, go together")
         if self.only_right and not self.to:
             raise UserError("--only_right needs --to=FILE.jsonl")
         if self.to and (self.question or self.numbers or self.vs):
@@ -434,10 +447,14 @@ class AskConfig:
             raise UserError(f"--numbers={self.numbers} is no list of whole numbers such as 3,7,2")
 
 
+def printable(text):
+    """The text with U+FFFD for control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
 def render(problem, text, names=tuple(rewards.REWARDS)):
-    """One completion and its scores as (style, line) pairs. Control characters, which a terminal
-    would obey, become U+FFFD."""
-    text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    """One completion and its scores as (style, line) pairs."""
+    text = printable(text)
     thinking, answer = rewards.split_completion(text)
     if thinking is None and answer is None:
         lines = [("plain", line) for line in (text.strip() or "(nothing)").split("\n")]
@@ -495,6 +512,8 @@ def ask(args, given, path, beside=None):
 
 def write_traces(args, given):
     """Completions of training problems as lines of `prompt` and `completion`."""
+    if os.path.isdir(args.to) or not os.access(os.path.dirname(args.to) or ".", os.W_OK):
+        raise UserError(f"--to={args.to} cannot be written: name a file in a folder of yours")
     path, model, tok, cfg = open_checkpoint(given)
     rng, generator = generators(args.seed, "traces")
     drawn = [data.draw_problem(cfg.data, rng) for _ in range(20 * args.problems)]
@@ -538,7 +557,7 @@ def show_answers(given):
         columns.append(shown)
         print(fit(path[-width:], width) + "  " + args.vs[-width:])
     for problem, *answers in zip(problems, *columns, strict=True):
-        print(f"--- {problem.question}")
+        print(f"--- {printable(problem.question)}")
         for *left, (style, line) in zip_longest(*answers, fillvalue=("plain", "")):
             left = [paint(style, fit(line, width)) for style, line in left]
             print("  ".join([*left, paint(style, line)]).rstrip())

@@ -86,8 +86,8 @@ from sample import (
 @dataclass
 class TrainConfig:
     base_steps: int = opt(1500, "optimiser steps of next-token training", least=1)
-    base_lr: float = opt(8e-3, "its peak learning rate", above=0, most=1)
-    base_rows: int = opt(8, "rows of packed documents per step", least=1)
+    base_lr: float = opt(5e-3, "its peak learning rate", above=0, most=1)
+    base_rows: int = opt(12, "rows of packed documents per step", least=1)
     base_length: int = opt(352, "tokens per row", least=1)
     base_optimizer: str = opt("muon", "of supervised training; muon: for matrices, AdamW for the "
                               "rest", choices=("muon", "adamw"))
@@ -126,8 +126,8 @@ class Config(sample.Config):
 
 LORA_DEFAULTS = {"rl_lr": 1e-5, "sft_lr": 1e-4}  # with --lora_rank: adapters want ten times more
 TASK_DEFAULTS = {  # what suits a task better; short documents: more and smaller steps
-    "arithmetic": {"base_steps": 2000, "base_length": 256, "rl_steps": 150},
-    "logic": {"base_steps": 2000, "base_length": 256},
+    "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
+    "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
     "all": {"base_steps": 2400, "rl_steps": 100, "prompts_per_step": 24,
             "source_problems": 800, "sft_steps": 100, "eval_problems": 100},
 }
@@ -260,7 +260,8 @@ class Run:
             print(f"{self.name}: resuming at step {step}")
         for path in self.path("metrics.jsonl"), self.path("rollouts.jsonl"):
             if os.path.exists(path):
-                write_lines(path, [line for line in read_lines(path) if line["step"] <= step])
+                write_lines(path, [line for line in read_lines(path)
+                                   if line.get("step", math.inf) <= step])
         with open(self.path("metrics.jsonl"), "ab") as f:
             self.log_size = f.tell()
         self.saved = {"step": step}  # the rest is in use now, and large
@@ -354,7 +355,7 @@ class Run:
         tqdm.write(f"held out: pass@1 {found['pass@1']:.1%}, format {found['format']:.1%}, "
                    f"length {found['length']:.1f}; for example:\n")
         example = samples[0]["prompt"] + samples[0]["completion"]
-        tqdm.write(textwrap.indent(example, "    ") + "\n")
+        tqdm.write(textwrap.indent(sample.printable(example), "    ") + "\n")
         self.rows = 0  # the header comes again
 
 
@@ -380,8 +381,8 @@ def supervise(run, model, batch_fn, lr, loss_fn=next_token_loss):
     start, losses = run.resume(model, optimizers), []
     for step in tqdm(range(start, steps), run.name, steps, initial=start, disable=None):
         t0 = time.time()
-        # Up in 50 steps; straight down to 0 over the last 60 %.
-        warmup, decay = (step + 1) / 50, (steps - step) / (0.6 * steps)
+        # Up in 50 steps, or the first 40 %; straight down to 0 over the last 60 %.
+        warmup, decay = (step + 1) / min(50, 0.4 * steps), (steps - step) / (0.6 * steps)
         set_lr(optimizers, lr * min(warmup, decay, 1.0))
         rng, _ = generators(run.seed, run.name, step)
         tokens, counted = (x.to(run.device) for x in batch_fn(rng))  # counted: mask or lengths
@@ -907,13 +908,15 @@ def run_export(given):
     source, train = cfg.sample.init_from, Config.of(given).train
     if not train.export_dir:
         raise UserError("export needs --export_dir=FOLDER to write to")
+    if source and os.path.realpath(source) == os.path.realpath(train.export_dir):
+        raise UserError(f"export_dir={source} is where the model came from: choose another")
     dtype = sample.sampling_dtype(cfg.sample)
     if train.export_dtype != "auto":
         dtype = getattr(torch, train.export_dtype)
     save_pretrained(model, train.export_dir, source, dtype)
     if not source:
         tok.save(train.export_dir)
-    data.add_chat_template(train.export_dir, cfg.data.template)
+    data.add_chat_template(train.export_dir, cfg.data)
     print(f"{path}: written to {train.export_dir} as {str(dtype).removeprefix('torch.')}")
 
 

@@ -426,7 +426,7 @@ def test_x_itself_is_the_first_slope_that_authors_try():
     habits = data.Habits(0.0, "full", True, 3)
     problem = data.code_problem([(2, 3), (5, 24)])
     lines, answer = data.write_code(problem, CFG, habits, random.Random(0))
-    assert lines == ["1. 2*2=4 4-1=3, 5*5=25 25-1=24 vs 24 yes\n"]
+    assert lines == ["x. 2*2=4 4-1=3, 5*5=25 25-1=24 vs 24 yes\n"]
     assert answer == "x*x-1" and right(problem, answer)
 
 

@@ -836,8 +836,8 @@ def test_every_step_is_logged_and_every_tenth_leaves_a_group_to_read(tiny, learn
         assert metrics["sample_s"] > 0 and metrics["update_s"] > 0
         for name in ("loss", "ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy",
                      "grad_norm", "skipped"):
-            learnt_nothing = equal == 3 and name in grpo.MEANS  # nan, not a misleading 0
-            assert math.isfinite(metrics[name]) != learnt_nothing
+            unknown = equal == 3 and name in grpo.MEANS or name == "kl"  # there is no reference
+            assert math.isfinite(metrics[name]) != unknown  # nan, not a misleading 0
     assert run.seconds == run.metrics[-1]["seconds"] > run.metrics[0]["seconds"] > 0
     assert {file for file, _ in run.lines} == {"rollouts.jsonl"}
     lines = [line for _, line in run.lines]
@@ -884,7 +884,8 @@ def test_a_resumed_run_draws_and_learns_what_an_uninterrupted_one_would_have(tin
     timings = ("tokens_per_s", "sample_s", "update_s", "seconds")
     logs = [[{k: v for k, v in metrics.items() if k not in timings} for metrics in run.metrics]
             for run in runs[:2]]
-    assert [metrics["step"] for metrics in logs[1]] == [3, 4, 5] and logs[0][2:] == logs[1]
+    assert [metrics["step"] for metrics in logs[1]] == [3, 4, 5]
+    assert str(logs[0][2:]) == str(logs[1])  # of nan too
     assert torch.equal(vector(policies[0].parameters()), vector(policies[1].parameters()))
 
 

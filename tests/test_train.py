@@ -1269,7 +1269,7 @@ def test_an_export_knows_how_to_chat(finished, tmp_path):
 def test_a_chat_template_asks_as_training_does(name, tmp_path):
     jinja2 = pytest.importorskip("jinja2")
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": null}')
-    data.add_chat_template(tmp_path, name)
+    data.add_chat_template(tmp_path, data.DataConfig(template=name))
     template = (tmp_path / "chat_template.jinja").read_text("utf-8")
     chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1?"},
             {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2?"}]
@@ -1277,11 +1277,13 @@ def test_a_chat_template_asks_as_training_does(name, tmp_path):
     text, turn, end = data.TEMPLATES[name]
     turns = [turn.replace("{question}", question) for question in ("1+1?", "2+2?")]
     assert shown == f"{text}{turns[0]}2{end or data.END}{turns[1]}"
+    opened = jinja2.Template(data.chat_template(name, True), trim_blocks=True, lstrip_blocks=True)
+    assert opened.render(messages=chat) == f"{shown}<think>\n"
 
 
 def test_a_model_keeps_the_chat_template_that_it_came_with(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "mine"}')
-    data.add_chat_template(tmp_path, "qwen")
+    data.add_chat_template(tmp_path, data.DataConfig(template="qwen"))
     assert not (tmp_path / "chat_template.jinja").exists()
 
 
