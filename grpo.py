@@ -32,7 +32,7 @@ r_1 ... r_G. All tokens o_t of a completion have its advantage A. Then
     A     = (r - mean(r)) / std(r)                                  over the group            (1)
     rho_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)               the ratio of a token      (2)
     L_t   = -min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A)                           (3)
-    kl_t  = pi_ref/pi - log(pi_ref/pi) - 1                          of a token, >= 0          (4)
+    kl_t  = pi_ref/pi - log(pi_ref/pi) - 1                          "k3" of a token, >= 0     (4)
     loss  = mean over completions of the mean over their tokens of  L_t + beta kl_t           (5)
 
 Where pi = pi_old the gradient of rho_t is that of log pi, so (3) has the form of the identity

@@ -512,8 +512,8 @@ def ask(args, given, path, beside=None):
 
 def write_traces(args, given):
     """Completions of training problems as lines of `prompt` and `completion`."""
-    if os.path.isdir(args.to) or not os.access(os.path.dirname(args.to) or ".", os.W_OK):
-        raise UserError(f"--to={args.to} cannot be written: name a file in a folder of yours")
+    if os.path.isdir(args.to):
+        raise UserError(f"--to={args.to} is a folder: name a file")
     path, model, tok, cfg = open_checkpoint(given)
     rng, generator = generators(args.seed, "traces")
     drawn = [data.draw_problem(cfg.data, rng) for _ in range(20 * args.problems)]

@@ -131,6 +131,7 @@ def test_a_file_may_have_a_byte_order_mark_blank_lines_and_numbers_and_other_key
     ('{"question": "q", "answer": ["1"]}', ["line 42", "['1']"]),
     ('{"question": "q", "answer": true}', ["line 42", "True"]),
     ('{"question": "q", "answer": NaN}', ["line 42", "nan"]),
+    (r'{"question": "half an emoji \ud83d", "answer": 1}', ["line 42"]),
     ('{"question": "q", "answer": "#### "}', ["line 42", "empty"]),
     ('{"question": 7, "answer": "1"}', ["line 42"]), ("[1]", ["line 42"]), ("{", ["line 42"]),
     (json.dumps({"problem": "how many?", "answer": "x" * 300}),

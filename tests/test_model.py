@@ -407,6 +407,12 @@ def test_tokens_of_probability_zero_are_never_drawn():
     assert token.tolist() == [2, 2, 3, 3]
 
 
+def test_a_model_with_broken_weights_is_refused(tiny):
+    tiny.norm.weight.data[0] = math.nan
+    with pytest.raises(UserError, match="not finite"):
+        generate(tiny, [[5, 6]], 2, max_new_tokens=8)
+
+
 def test_temperature_zero_takes_the_likeliest_token(tiny):
     a, b = generate(tiny, [[5, 6]], 2, max_new_tokens=8, temperature=0, generator=seeded())
     assert a.ids[0] == tiny(torch.tensor([[5, 6]]))[0, -1].argmax()

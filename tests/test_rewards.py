@@ -104,6 +104,9 @@ def test_the_canonical_form_does_not_depend_on_the_order_of_summands_and_factors
         return verify(PROBLEM, f"<answer>{text}</answer>")[0]
 
     assert form("(3+7)*2") == form("2*(7+3)") == form(" 2 * ( 3+7 ) ")
+    assert form("2+3+7") == form("3+7+2") == form("7+(2+3)") == form("(7+2)+3") == "(2+3+7)"
+    assert form("7-2+3") == form("3-2+7") == form("7-(2-3)") != form("7-2-3")
+    assert form("2*3*7") == form("7*3*2") and form("7/3*2") == form("2*(7/3)") == form("2/(3/7)")
     assert len({form("7-3"), form("3-7"), form("(3+7)*2"), form("3+7*2"), None}) == 5
     assert form("nonsense") is None
 
@@ -289,7 +292,11 @@ def test_written_answers_are_compared_exactly(target, text, right):
     ("3", "3xy", 0), ("40_9", "40_{9}", 1), ("40_9", "40", 1), ("40_9", "40_8", 0),
     ("2", "2 sin x", 0), ("2 sin x", "2", 0), ("5", "5 plus three", 0), ("7", "7 factorial", 0),
     ("2", "2 sinx", 0), ("3", "3 pints", 1), ("10 sec", "10", 1), ("3", "3 times", 1),
-    ("5 million", "5 millions", 1),
+    ("5 million", "5 millions", 1), ("300000", "3 hundred thousand", 1),
+    ("300", "3 hundred thousand", 0), ("3", "3 trillion", 0), ("3", "3 thirds", 0),
+    ("3", "3 point five", 0), ("3", "3 theta", 0), ("8", "8万", 0), ("8", "8分之一", 0),
+    ("8", "8 M", 0), ("8", "8 L", 1), ("8", "8 oz", 1), ("8", "8 sq ft", 1), ("8", "8 months", 1),
+    ("3", r"3~\text{cm}", 1), ("10000", r"10\,000", 1), ("5000", "5 thou\u017fand", 0),
     ("864 cm^2", r"864\text{ cm}^2", 1), ("5 million", "5,000,000", 1), ("18", "18 元", 1)])
 def test_units_are_compared_if_both_have_one_and_letters_are_none(target, text, right):
     assert answer(text, Problem("file", "q", (), target)) == right
@@ -299,6 +306,10 @@ def test_units_are_compared_if_both_have_one_and_letters_are_none(target, text, 
     (r"\text{(B)}", ["B", "(B)", "b", r"\textbf{(B)}", r"\boxed{B}", "**B**", "B."], ["C", "AB"]),
     (r"\left(3, \frac{\pi}{2}\right)", [r"(3,\pi/2)", r"$\left( 3 , \dfrac{\pi}2 \right)$"],
      [r"(\frac{\pi}{2}, 3)", r"[3, \frac{\pi}{2}]", "3", r"3, \pi/2"]),
+    ("1,234", ["1234", r"1\,234"], ["234,1", "1, 235"]), ("123", [], ["0,123"]),
+    (r"\{1, 2\}", ["{2,1}", "1,2"], ["12"]), (r"x\geq 3", ["x>=3", "x≥3"], ["x>3", "x<=3"]),
+    (r"\begin{pmatrix}1\\2\\3\\4\end{pmatrix}", [r"\begin{bmatrix}1\\2\\3\\4\end{bmatrix}"],
+     [r"\begin{pmatrix}1\\3\\2\\4\end{pmatrix}"]), ("72", ["= 72", "72。", "144/2"], ["72 = 8"]),
     ("1, -2", [r"\{-2, 1\}", "x = 1, x = -2", r"x=-2\text{ or }x=1", "-2 and 1"], ["1", "1, 2"]),
     ("x=5", ["5", "x = 5", r"\boxed{x=5.0}"], ["y=5", "x=6"]), ("72", ["x = 72"], ["72 = x + 1"]),
     ("-\\frac43", [r"-\frac{4}{3}", "–4/3", r"\frac{-4}{3}"], ["4/3", r"-\frac{3}{4}"]),

@@ -49,6 +49,14 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
         assert sample.pass_at_k(n, c, k) == pytest.approx(share)
 
 
+def test_right_answers_vote_together_however_they_are_written():
+    puzzle, half = data.countdown_problem((2, 3, 7), 12), data.Problem("file", "q", (), "1/2")
+    for problem, right, wrong in ((puzzle, ("2+3+7", "3+7+2", "7+2+3"), "2*7-3"),
+                                  (half, ("50%", "0.5", "1/2"), "1/3")):
+        texts = [f"<answer>{text}</answer>" for text in (wrong, wrong, *right)]
+        assert sample.majority_vote([rewards.verify(problem, text) for text in texts])
+
+
 def test_a_majority_votes_over_answers_and_the_first_wins_a_tie():
     right, wrong, none = ("a", True), ("b", False), (None, False)
     vote = sample.majority_vote
@@ -484,6 +492,11 @@ def test_right_completions_become_traces(finished, tmp_path, monkeypatch, capsys
     assert "--to" in refusal(sample.main, argv, capsys)
 
 
+def test_a_question_is_taken_as_it_stands():
+    given = sample.Parser("sample.py", "", sample.GROUPS).parse_args(["--question=~/notes"])
+    assert given.question == "~/notes"
+
+
 def test_what_a_model_says_cannot_control_the_terminal():
     text = "<think>\033[2J\r\x07</think><answer>3+7</answer>"
     shown = "".join(line for _, line in sample.render(ADD, text))
@@ -543,6 +556,8 @@ def test_a_prompt_longer_than_the_context_is_refused_in_one_line(finished, capsy
     (["--max_new_tokens=-1"], ["max_new_tokens=-1"]),
     (["--temperature=-1"], ["temperature=-1"]),
     (["--temperature=hot"], ["temperature", "hot"]),
+    (["--temperature=1e-40"], ["temperature=1e-40"]), (["--to=/"], ["--to=/ is a folder"]),
+    (["--numbers=1,2", "--target=-1"], ["--target", "0 or more"]),
     (["--task=chess"], ["chess", "countdown"]),
     (["--device=abacus"], ["abacus"]),
     (["--what"], ["--what"])])

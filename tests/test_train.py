@@ -40,7 +40,7 @@ from model import (
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHAPE = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--mlp_dim=16", "--head_dim=8"]
-SHORT = ["--base_rows=2", "--base_length=100", "--base_steps=12", "--base_lr=0.2", "--rl_steps=3",
+SHORT = ["--base_rows=2", "--base_length=100", "--base_steps=12", "--base_lr=0.05", "--rl_steps=3",
          "--prompts_per_step=2", "--group_size=3", "--max_new_tokens=12", "--eval_problems=3",
          "--eval_samples=4", "--eval_every=0", "--save_every=1", "--threads=1", "--device=cpu"]
 TINY = [*SHAPE, "--context=128", *SHORT]
@@ -192,7 +192,7 @@ def test_a_line_torn_by_a_power_cut_is_written_again(finished, tmp_path, monkeyp
     monkeypatch.undo()
     for file in ("metrics.jsonl", "rollouts.jsonl"):
         with open(tmp_path / "zero" / file, "a", encoding="utf-8") as f:
-            f.write('{"step": 3, "rew')
+            f.write('\0\0\n{"reward": 1}\n[3]\n{"step": 3, "rew')
     run(tmp_path, "zero")
     assert_same(tmp_path / "zero", finished / "zero")
 
@@ -1253,6 +1253,15 @@ def test_a_model_as_it_came_is_evaluated(folder, tmp_path):
     assert results(tmp_path / "base")["countdown"]["problems"] == 3
 
 
+def test_an_export_leaves_nothing_of_an_earlier_one_and_not_the_source(folder, tmp_path, capsys):
+    (tmp_path / "chat_template.jinja").write_text("another model's")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    train.main(["export", f"--init_from={folder}", f"--export_dir={tmp_path}"])
+    assert not list(tmp_path.glob("*.index.json")) and not list(tmp_path.glob("*.jinja"))
+    argv = ["export", f"--init_from={folder}", f"--export_dir={folder}/."]
+    assert "choose another" in refusal(train.main, argv, capsys)
+
+
 def test_an_export_knows_how_to_chat(finished, tmp_path):
     jinja2 = pytest.importorskip("jinja2")
     ckpt = f"--ckpt={finished / 'zero' / 'ckpt.pt'}"
@@ -1309,7 +1318,8 @@ def test_a_model_keeps_the_chat_template_that_it_came_with(tmp_path):
     (["--rl_lr=nan"], ["rl_lr"]),
     (["--base_lr=2"], ["base_lr"]),
     (["--sft_lr=0"], ["sft_lr"]),
-    (["--threads=-2"], ["threads"]),
+    (["--threads=-2"], ["threads"]), (["--threads=99999999999"], ["threads"]),
+    (["--n_embd=1000000000"], ["out of memory"]), (["--temperature=1e-40"], ["temperature"]),
     (["--eval_every=-1"], ["eval_every"]),
     (["--w_format=nan"], ["w_format"]),
     (["--clip_low=2"], ["clip_low"]),

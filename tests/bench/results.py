@@ -340,7 +340,7 @@ def claims(results):
          f"{four('zero')} %",
          lambda s: all(gains(s, task) for task in data.REASONING)],
         ["RL on arithmetic, logic and code helps countdown, which it never draws: with tags left "
-         "aside 5 points more or better than the base", three,
+         "aside at least 5 points above the base", three,
          lambda: f"{get(three, 'base', 'pass@1_untagged')} → "
          f"{get(three, 'zero', 'pass@1_untagged')} %",
          lambda s: main(s, "zero", "pass@1_untagged") >= main(s, "base", "pass@1_untagged") + 0.05],
@@ -353,7 +353,7 @@ def claims(results):
                        and s["dev2"][task]["one_language"] >= 0.99 for task in data.REASONING)],
         ["RL for all scenarios, in few and small steps: gold reward and reward model both prefer "
          "it to dev3, their win rates within 5 points; chat and each task are right as often, "
-         "within dev3's 95 % intervals, and more is declined, beyond them", recipe,
+         "within dev3's 95 % intervals, and more is declined, above its interval", recipe,
          lambda: after_dev3("r1"),
          lambda s: min(s["r1"]["win_rate"].values()) > 0.5 and abs(happier(s, "r1")) < 0.05
          and all(s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
@@ -426,16 +426,16 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and a task: as s
      change("format_alone", "pass@1_untagged"),
      lambda run, t: run["format_alone"][t]["format"] >= 0.95
      and run["format_alone"][t]["pass@1_untagged"] <= run["base"][t]["pass@1_untagged"]),
-    ("alone", "both rewards, then the accuracy reward alone: at most 3 points are lost",
+    ("alone", "accuracy reward alone, from the base: at most 3 points below zero",
      change("accuracy_alone", start="zero"),
      lambda run, t: run["accuracy_alone"][t]["pass@1"] >= run["zero"][t]["pass@1"] - 0.03),
     ("alone", "without division by length and std completions grow by a half or more, too",
      change("undivided", "length", whole),
      lambda run, t: run["undivided"][t]["length"] >= 1.5 * run["base"][t]["length"]),
-    ("passk", "zero finds more than its base, tags left aside, for each k up to 4; they meet at k",
+    ("passk", "zero finds more than its base, tags left aside, for each k up to 4; equal from k =",
      meeting, lambda run, t: (run["meet"][t] or 1e9) > 4),
-    ("budget", "the more thinking tokens, the more is right (at most a point less from one budget "
-     "to the next, 10 more in all)", ends("budget", "zero"),
+    ("budget", "thinking cut off after 8, 16, ... tokens: the later, the more is right (at most a "
+     "point less from one limit to the next, 10 more in all)", ends("budget", "zero"),
      lambda run, t: rises(run["budget"][t]["zero"].values(), 0.01, 0.1)),
     ("budget", "a majority of all samples is right more often than one sample",
      ends("cons@k", "zero"), lambda run, t: rises(run["cons@k"][t]["zero"].values(), 1, 1e-9)),
