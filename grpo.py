@@ -142,9 +142,7 @@ def train_grpo(policy, ref, env, run, cfg):
     dict of parts for each), and what ends a completion: stop_ids, and find_end as `generate` wants
     it. `run` resumes, logs, evaluates and saves."""
     P, G = cfg.prompts_per_step, cfg.group_size
-    # Where most groups are all right, gradients are tiny. A long memory for their usual size keeps
-    # AdamW from blowing them up to full steps.
-    optimizers = make_optimizers(policy, cfg.rl_lr, cfg.rl_optimizer, beta2=0.999)
+    optimizers = make_optimizers(policy, cfg.rl_lr, cfg.rl_optimizer)
     start = run.resume(policy, optimizers, ref)
     sampler = sampling_copy(policy, run.sample_dtype)  # the policy itself, or a copy in bfloat16
     steps = range(start, cfg.rl_steps)

@@ -609,13 +609,13 @@ class Muon(torch.optim.Optimizer):
                 p.add_(x, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
 
 
-def make_optimizers(model, lr, kind, beta2=0.95):
+def make_optimizers(model, lr, kind):
     """AdamW for all, or "muon": Muon for the blocks' matrices, AdamW for embedding and norms."""
     matrices, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (matrices if p.dim() == 2 and "blocks." in name else others).append(p)
-    adamw = {"lr": lr, "betas": (0.9, beta2), "weight_decay": 0.0}
+    adamw = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
     if kind == "adamw":
         return [torch.optim.AdamW(matrices + others, **adamw)]
     return [Muon(matrices, lr), *([torch.optim.AdamW(others, **adamw)] if others else [])]
