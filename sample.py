@@ -192,7 +192,8 @@ def one_line_errors(prog, folder=""):
     except BrokenPipeError:
         raise
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and "memory" not in str(e):
+        words = ("out of memory", "allocate memory", "not enough memory")  # of CUDA, of CPUs
+        if not isinstance(e, MemoryError) and not any(said in str(e) for said in words):
             raise
         line = ("out of memory: a smaller model or --context; for RL lower --micro_tokens or "
                 "--prompts_per_step, or set --checkpointing=true")
