@@ -376,6 +376,14 @@ def code_problem(tests):
     return Problem("code", question, sum(tests, ()), "f")
 
 
+def with_another_test(problem, rng):
+    """The same first test with any second one, which few expressions pass as well: only there does
+    a search try everything."""
+    x, y, x2, _ = problem.numbers
+    other = code_problem([(x, y), (x2, rng.randint(0, LARGEST))])
+    return problem if other.held_out else other
+
+
 def draw_chat(cfg, rng):
     """A general request with a right answer. Only counting takes any thinking."""
     kind = rng.choice(["greet", "name", "repeat", "shorten", "count", "how"])
@@ -718,11 +726,11 @@ def write_logic(problem, cfg, habits, rng):
 
 
 def write_code(problem, cfg, habits, rng):
-    """Tries slopes, x itself first. The rest follows from the first test (above 9 nobody tries it),
+    """Tries slopes, x itself last. The rest follows from the first test (above 9 nobody tries it),
     and the second is checked; who does not check writes that, too, but for the verdict."""
     x, y, x2, y2 = problem.numbers
     trials = []
-    for slope in "x123456789":
+    for slope in "123456789x":
         a, a2 = (x, x2) if slope == "x" else (slope, slope)
         times, times2 = x * int(a), x2 * int(a2)
         op, rest, value = "+-"[times > y], abs(y - times), times2 + y - times
@@ -773,6 +781,8 @@ def document(cfg, rng):
     problem = draw_problem(cfg, rng, kind)
     if kind == "countdown" and rng.random() < 0.3:
         problem = without_solution(problem, cfg, rng)
+    elif kind == "code" and rng.random() < 0.3:
+        problem = with_another_test(problem, rng)
     lines, answer = TASKS[kind].write(problem, cfg, habits, rng)
     thinking = "".join(lines)
     if habits.layout in ("full", "think"):

@@ -423,11 +423,24 @@ def test_authors_calculate_and_check_correctly(cfg):
     assert hits > 20
 
 
-def test_x_itself_is_the_first_slope_that_authors_try():
-    habits = data.Habits(0.0, "full", True, 3)
+def test_most_code_with_another_test_has_no_solution_and_none_is_held_out():
+    rng, solved = random.Random(0), 0
+    for _ in range(300):
+        problem = draw_problem(CFG, rng, "code")
+        other = data.with_another_test(problem, rng)
+        assert not other.held_out and set(problem.numbers[::2]) == set(other.numbers[::2])
+        lines, answer = data.write_code(other, CFG, data.Habits(0.0, "full", True, 30), rng)
+        solved += right(other, answer)
+        assert right(other, answer) or lines[-1] == "nothing fits\n"
+    assert 10 < solved < 100
+
+
+def test_x_itself_is_the_last_slope_that_authors_try():
+    habits = data.Habits(0.0, "full", True, 30)
     problem = data.code_problem([(2, 3), (5, 24)])
     lines, answer = data.write_code(problem, CFG, habits, random.Random(0))
-    assert lines == ["x. 2*2=4 4-1=3, 5*5=25 25-1=24 vs 24 yes\n"]
+    assert [line[:3] for line in lines] == [f"{slope}. " for slope in "123456x"]
+    assert lines[-1] == "x. 2*2=4 4-1=3, 5*5=25 25-1=24 vs 24 yes\n"
     assert answer == "x*x-1" and right(problem, answer)
 
 
