@@ -432,7 +432,7 @@ def test_most_code_with_another_test_has_no_solution_and_none_is_held_out():
         lines, answer = data.write_code(other, CFG, data.Habits(0.0, "full", True, 30), rng)
         solved += right(other, answer)
         assert right(other, answer) or lines[-1] == "nothing fits\n"
-    assert 10 < solved < 100
+    assert 10 < solved < 150
 
 
 def test_x_itself_is_the_last_slope_that_authors_try():
