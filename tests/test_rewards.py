@@ -297,6 +297,7 @@ def test_written_answers_are_compared_exactly(target, text, right):
     ("3", "3 point five", 0), ("3", "3 theta", 0), ("8", "8万", 0), ("8", "8分之一", 0),
     ("8", "8 M", 0), ("8", "8 L", 1), ("8", "8 oz", 1), ("8", "8 sq ft", 1), ("8", "8 months", 1),
     ("3", r"3~\text{cm}", 1), ("10000", r"10\,000", 1), ("5000", "5 thou\u017fand", 0),
+    ("5000", "5 thousand\u017f", 0), ("5000", "5thousand", 1),
     ("864 cm^2", r"864\text{ cm}^2", 1), ("5 million", "5,000,000", 1), ("18", "18 元", 1)])
 def test_units_are_compared_if_both_have_one_and_letters_are_none(target, text, right):
     assert answer(text, Problem("file", "q", (), target)) == right
