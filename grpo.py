@@ -72,7 +72,7 @@ from model import (
 
 @dataclass
 class GRPOConfig:
-    rl_steps: int = opt(40, "GRPO steps", least=1)
+    rl_steps: int = opt(60, "GRPO steps", least=1)
     rl_lr: float = opt(5e-4, "learning rate of GRPO", above=0, most=1)
     rl_warmup: int = opt(5, "steps in which it rises to that", least=1)
     rl_hold: int = opt(15, "step after which it falls as 1/sqrt(step); 0: it stays", least=0)

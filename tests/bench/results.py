@@ -27,7 +27,7 @@ SEEDS = (1, 2, 3)
 ASK = "python sample.py --numbers=3,7,2 --target=20 --n=1"
 STAGES = ("base", "zero", "zero_emoji", "dev1", "dev2", "dev3", "r1", "r1_hacked", "small_base",
           "small_zero", "distill")
-SHOWN_STEPS = (1, 5, 10, 20, 40)
+SHOWN_STEPS = (1, 5, 10, 20, 60)
 RUNS = {}  # name: the commands that make it, the first of which ends with zero
 for seed in SEEDS:
     RUNS[f"seed {seed}"] = [f"python train.py --seed={seed} --threads=1 --out_dir=out{seed}"]
@@ -119,7 +119,7 @@ def seen(where):
     """What a person sees of a run: lines of zero's log, and one puzzle."""
     with open(os.path.join(where, "log.txt"), encoding="utf-8") as f:
         lines = f.read().splitlines()
-    rows = {int(m[1]): line for line in lines if (m := re.match(r" +(\d+)/40 ", line))}
+    rows = {int(m[1]): line for line in lines if (m := re.match(r" +(\d+)/60 ", line))}
     header = next(line for line in lines if re.match(" +step reward ", line))
     command = [sys.executable, *ASK.split()[1:], f"--ckpt={where}/zero/ckpt.pt"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
