@@ -274,7 +274,7 @@ def claims(results):
     toy = {name: run["stages"] for name, run in toy_runs(runs).items()}
     recipe, three, emoji = ({name: runs[name]["stages"]} if name in runs else {}
                             for name in (ALL, THREE, EMOJI))
-    emoji = {name: {**stages, "zero": toy["seed 1"]["zero"]} for name, stages in emoji.items()}
+    emoji = {name: {"zero": toy["seed 1"]["zero"], **stages} for name, stages in emoji.items()}
 
     def get(of, stage, key="pass@1", task="countdown", show=pct):
         return by_seed([stages[stage][task][key] for stages in of.values()], show)
