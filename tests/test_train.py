@@ -529,7 +529,7 @@ def test_defaults_yield_to_the_task_the_task_to_the_stage_and_all_to_the_command
         return made.steps
 
     of_task, of_stage = train.TASK_DEFAULTS["arithmetic"], train.STAGES["dev2"].settings
-    assert steps("zero") == GRPOConfig().rl_steps == 40
+    assert steps("zero") == GRPOConfig().rl_steps == 60
     assert steps("zero", task="arithmetic") == of_task["rl_steps"] == 150
     assert steps("dev2", task="arithmetic") == of_stage["rl_steps"] == 30
     assert steps("dev2", task="arithmetic", rl_steps=7) == 7
