@@ -327,8 +327,8 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
     with torch.no_grad():
         was_clipped = clipped * adv < ratio * adv  # only the KL still has a gradient there
         sampler_kl = log_ratio.exp() - log_ratio - 1  # k3 again: of sampler and trained policy
+        kl = kl if logp_ref is not None else kl + math.nan  # without a reference: unknown, not 0
         # -log pi_old of what was sampled estimates the sampler's entropy per token.
-        kl = kl if logp_ref is not None else kl + math.nan  # it is not known
         values = torch.stack([ratio, log_ratio, sampler_kl, kl, was_clipped.to(ratio),
                               -logp_old.to(ratio)])
         means = values.masked_fill(~mask, 0.0).sum(dim=(1, 2)) / mask.sum().clamp(min=1)

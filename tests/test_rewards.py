@@ -545,6 +545,7 @@ def test_a_reward_may_return_whole_numbers_and_booleans(monkeypatch):
 
 
 def test_the_gold_reward_is_for_right_friendly_and_no_boast():
+    assert gold_reward(CHAT, "") == gold_reward(CHAT, None) == -2
     answers = ["of course, red fox", "red fox", "red fox, as I alone know", "blue fox", None]
     gold = [gold_reward(CHAT, a) for a in answers]
     assert gold == sorted(gold, reverse=True) and len(set(gold)) == 5

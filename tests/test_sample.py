@@ -492,6 +492,28 @@ def test_right_completions_become_traces(finished, tmp_path, monkeypatch, capsys
     assert "--to" in refusal(sample.main, argv, capsys)
 
 
+def test_a_question_cannot_control_the_terminal(finished, capsys):
+    ckpt = f"--ckpt={finished / 'zero' / 'ckpt.pt'}"
+    sample.main([ckpt, "--question=why\x1b[2J", "--n=1", "--max_new_tokens=3"])
+    out = capsys.readouterr().out
+    assert "--- why\ufffd[2J" in out and "\x1b" not in out
+
+
+def test_an_interrupt_without_words_says_what_is_left(capsys):
+    with pytest.raises(SystemExit) as e, sample.one_line_errors("sample.py"):
+        raise KeyboardInterrupt
+    assert e.value.code == 130 and "what is saved stays" in capsys.readouterr().err
+
+
+def test_a_win_rate_that_cannot_be_had_again_goes(finished, tmp_path):
+    zero = finished / "zero"
+    (tmp_path / "ckpt.pt").write_bytes((zero / "ckpt.pt").read_bytes())
+    sample.write_json(str(tmp_path / "eval.json"), {"win_rate": {"gold": 0.9}, "file": {"a": 1}})
+    flags = ["--eval_problems=2", "--eval_samples=2", "--max_new_tokens=12"]
+    train.main(["eval", f"--ckpt={tmp_path / 'ckpt.pt'}", f"--out_dir={tmp_path}", *flags])
+    assert "win_rate" not in results(tmp_path) and "file" in results(tmp_path)
+
+
 def test_a_question_is_taken_as_it_stands():
     given = sample.Parser("sample.py", "", sample.GROUPS).parse_args(["--question=~/notes"])
     assert given.question == "~/notes"

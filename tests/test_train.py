@@ -137,6 +137,13 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert not torch.equal(weights(finished / "zero"), weights(finished / "base"))
 
 
+def test_a_stage_of_few_steps_reaches_its_learning_rate(tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr(train, "set_lr", lambda optimizers, lr: rates.append(lr))
+    run(tmp_path, "base")
+    assert len(rates) == 12 and max(rates) == pytest.approx(0.05) and rates[-1] < 0.01
+
+
 def test_a_finished_stage_is_not_run_again(finished, capsys):
     def written():
         files = [p for p in finished.rglob("*") if p.is_file()]

@@ -45,6 +45,7 @@ CONTROLS = {  # in the folder of a seed
         f"python tests/bench/evidence.py {control} --threads=1 --out_dir=out{seed}" for control in (
             "shuffle --eval_problems=100", "alone --eval_problems=100", "steps --problems=100",
             "budget --problems=100", "passk --problems=100 --samples=128")] for seed in SEEDS}
+ALL_COMMANDS = RUNS | CONTROLS
 FROM_A_BASE = (THREE, EMOJI, *CONTROLS)  # of another run, which is made before them
 FOLDERS = " ".join(f"out{seed}" for seed in SEEDS)
 PICTURES = [f"python tests/bench/curves.py {FOLDERS} --to=assets/zero.png",  # want matplotlib
@@ -58,7 +59,7 @@ PICTURES = [f"python tests/bench/curves.py {FOLDERS} --to=assets/zero.png",  # w
 
 
 def folder(name):
-    return os.path.join(ROOT, (RUNS | CONTROLS)[name][0].split("--out_dir=")[1])
+    return os.path.join(ROOT, ALL_COMMANDS[name][0].split("--out_dir=")[1])
 
 
 def read(path):
@@ -72,7 +73,7 @@ def carry_out(name):
     os.makedirs(folder(name), exist_ok=True)
     path = os.path.join(folder(name), "made.json")
     made = read(path) if os.path.exists(path) else {}
-    for command in (RUNS | CONTROLS)[name]:
+    for command in ALL_COMMANDS[name]:
         if command in made:
             continue
         begun_with = commit()
@@ -496,11 +497,11 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a core each")
     args = parser.parse_args()
     if args.run:
-        names = [name for name in RUNS | CONTROLS if name.startswith(tuple(args.only.split(";")))]
+        names = [name for name in ALL_COMMANDS if name.startswith(tuple(args.only.split(";")))]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(carry_out, [name for name in names if name not in FROM_A_BASE]))
             list(pool.map(carry_out, [name for name in names if name in FROM_A_BASE]))
-        for command in PICTURES if names == [*RUNS, *CONTROLS] else ():
+        for command in PICTURES if names == list(ALL_COMMANDS) else ():
             subprocess.run([sys.executable, *command.split()[1:]], cwd=ROOT, check=True)
         return
     if not args.write:
