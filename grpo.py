@@ -73,9 +73,8 @@ from model import (
 @dataclass
 class GRPOConfig:
     rl_steps: int = opt(60, "GRPO steps", least=1)
-    rl_lr: float = opt(5e-4, "learning rate of GRPO", above=0, most=1)
-    rl_warmup: int = opt(5, "steps in which it rises to that", least=1)
-    rl_hold: int = opt(15, "step after which it falls as 1/sqrt(step); 0: it stays", least=0)
+    rl_lr: float = opt(3e-4, "learning rate of GRPO", above=0, most=1)
+    rl_warmup: int = opt(5, "steps in which it rises to that; then it stays", least=1)
     rl_optimizer: str = opt("adamw", "adamw, or muon: for matrices, AdamW for the rest",
                             choices=("adamw", "muon"))
     eval_every: int = opt(20, "GRPO steps between short evaluations; 0: none", least=0)
@@ -149,8 +148,7 @@ def train_grpo(policy, ref, env, run, cfg):
     for step in tqdm(steps, run.name, cfg.rl_steps, initial=start, disable=None):
         t0 = time.time()
         rng, generator = generators(run.seed, run.name, step)  # so a resumed run draws the same
-        decay = (cfg.rl_hold / (step + 1)) ** 0.5 if cfg.rl_hold else 1.0
-        set_lr(optimizers, cfg.rl_lr * min((step + 1) / cfg.rl_warmup, 1.0, decay))
+        set_lr(optimizers, cfg.rl_lr * min((step + 1) / cfg.rl_warmup, 1.0))
         sync_weights(sampler, policy)
 
         sampled, groups = [], []  # all groups of this step, and those that it learns from

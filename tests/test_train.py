@@ -431,7 +431,7 @@ def test_an_export_holds_the_weights_that_sampled(finished, rounded, tmp_path):
 
 @pytest.mark.parametrize("flag", ["--rl_lr=0.5", "--n_layer=2", "--task=arithmetic", "--w_format=1",
                                   "--base_optimizer=adamw", "--rl_optimizer=muon", "--seed=7",
-                                  "--group_size=4", "--rl_hold=3", "--mix=task:1,chat:1",
+                                  "--group_size=4", "--rl_warmup=3", "--mix=task:1,chat:1",
                                   "--kl_loss=k3_ratio"])
 def test_going_on_with_other_settings_is_refused_by_name(finished, capsys, flag):
     before = weights(finished / "zero")
@@ -564,7 +564,7 @@ def test_zero_is_grpo_as_published_unless_flags_say_otherwise(tmp_path):
     ["--clip_high=0.28", "--loss_norm=token", "--dynamic_sampling=2", "--kl_coef=0",
      "--mask_truncated=true"],  # DAPO
     ["--inner_epochs=2", "--minibatches=2", "--kl_coef=0"],
-    ["--kl_loss=k3_ratio", "--kl_coef=0.1", "--rl_hold=0"],
+    ["--kl_loss=k3_ratio", "--kl_coef=0.1"],
     ["--rl_optimizer=muon", "--base_optimizer=adamw", "--autocast=on", "--sample_dtype=bfloat16"],
     ["--task=arithmetic"], ["--task=logic"], ["--task=code"],
     ["--mix=task:1,chat:1,unsafe:1", "--w_harmless=1", "--w_accuracy=0"],

@@ -28,25 +28,30 @@ ASK = "python sample.py --numbers=3,7,2 --target=20 --n=1"
 STAGES = ("base", "zero", "zero_emoji", "dev1", "dev2", "dev3", "r1", "r1_hacked", "small_base",
           "small_zero", "distill")
 SHOWN_STEPS = (1, 5, 10, 20, 60)
-RUNS = {}  # name: the commands that make it, the first of which ends with zero
+MORE_SEEDS = (4, 5)  # of the recipe up to r1
+RUNS, OF_A_BASE = {}, {}  # name: the commands that make it; of a base that a run of RUNS made
+for seed in (*SEEDS, *MORE_SEEDS):
+    n, end = "" if seed == 1 else seed, f"--seed={seed} --threads=1 --out_dir="
+    parts = ["zero", "r1"] + ["r1_hacked distill", "small_zero"] * (seed in SEEDS)
+    RUNS[f"seed {seed}"] = [f"python train.py {end}out{seed}"]
+    RUNS[f"all tasks, seed {seed}"] = [
+        f"python train.py {stages} --task=all {end}out-all{n}" for stages in parts]
 for seed in SEEDS:
-    RUNS[f"seed {seed}"] = [f"python train.py --seed={seed} --threads=1 --out_dir=out{seed}"]
-ALL = "all tasks, seed 1"
-RUNS[ALL] = [f"python train.py {stages} --task=all --seed=1 --threads=1 --out_dir=out-all"
-             for stages in ("zero", "r1", "r1_hacked distill", "small_zero")]
-THREE = "three tasks, seed 1"  # RL on them, and countdown is evaluated as well
-RUNS[THREE] = ["python train.py zero --task=all --mix=arithmetic,logic,code "
-               "--base=out-all/base/ckpt.pt --seed=1 --threads=1 --out_dir=out-three"]
-EMOJI = "emoji, seed 1"
-RUNS[EMOJI] = ["python train.py zero_emoji --base=out1/base/ckpt.pt --seed=1 --eval_every=0 "
-               "--threads=1 --out_dir=out-emoji"]
+    n, end = "" if seed == 1 else seed, f"--seed={seed} --threads=1 --out_dir="
+    OF_A_BASE[f"three tasks, seed {seed}"] = [  # RL on them; countdown is evaluated as well
+        f"python train.py zero --task=all --mix=arithmetic,logic,code "
+        f"--base=out-all{n}/base/ckpt.pt {end}out-three{n}"]
+    OF_A_BASE[f"emoji, seed {seed}"] = [
+        f"python train.py zero_emoji --base=out{seed}/base/ckpt.pt --eval_every=0 {end}"
+        f"out-emoji{n}"]
+RUNS |= OF_A_BASE
 CONTROLS = {  # in the folder of a seed
     f"controls, seed {seed}": [
         f"python tests/bench/evidence.py {control} --threads=1 --out_dir=out{seed}" for control in (
             "shuffle --eval_problems=100", "alone --eval_problems=100", "steps --problems=100",
             "budget --problems=100", "passk --problems=100 --samples=128")] for seed in SEEDS}
 ALL_COMMANDS = RUNS | CONTROLS
-FROM_A_BASE = (THREE, EMOJI, *CONTROLS)  # of another run, which is made before them
+FROM_A_BASE = (*OF_A_BASE, *CONTROLS)
 FOLDERS = " ".join(f"out{seed}" for seed in SEEDS)
 PICTURES = [f"python tests/bench/curves.py {FOLDERS} --to=assets/zero.png",  # want matplotlib
             "python tests/bench/curves.py out-all --to=assets/all.png",
@@ -196,9 +201,9 @@ def blocks(results):
     """{name of a block in README.md or assets/results.md: its Markdown}."""
     runs = results["runs"]
     out = {"hardware": made_on(results), "claims": claims(results),
-           "now": now_table(toy_runs(runs)),
-           "distillation": distillation_table(runs[ALL]["stages"]),
-           "recipe": recipe_table(runs[ALL]["stages"])}
+           "now": now_table(named(runs, "seed")),
+           "distillation": distillation_table(named(runs, "all tasks").values()),
+           "recipe": recipe_table(named(runs, "all tasks").values())}
     out |= {name: f"```\n{text}\n```" for name, text in results["seen"].items()}
     for name in ("speed", "speed_now", "rates"):
         head, *rows = results["earlier"][name]["rows"]
@@ -209,21 +214,32 @@ def blocks(results):
     return out | {"commands": "```\n" + "\n".join(commands) + "\n```"}
 
 
-def toy_runs(runs):
-    return {name: run for name, run in runs.items() if name.startswith("seed")}
+def named(runs, kind):
+    """{name: {stage: eval.json}} of the runs whose names are "`kind`, seed N" or "seed N"."""
+    return {name: run["stages"] for name, run in runs.items() if name.startswith(kind)}
+
+
+def with_seeds(names):
+    """"all tasks, seed 1", "all tasks, seed 2" -> "all tasks, seed 1 / 2"."""
+    first, *others = names
+    return " / ".join([first, *[name.split(" ")[-1] for name in others]])
 
 
 def made_on(results):
-    about = results["about"]
-    commits = {name: list(dict.fromkeys(made["commit"] for made in run["made"].values()))
-               for name, run in results["runs"].items()}
-    said = "; ".join(f"{name}: {', '.join(found)}" for name, found in commits.items())
+    about, by_commit = results["about"], {}
+    for name, run in results["runs"].items():
+        for commit in dict.fromkeys(made["commit"] for made in run["made"].values()):
+            kinds = by_commit.setdefault(commit, {})
+            kinds.setdefault(name.split("seed")[0], []).append(name)
+    said = "; ".join(f"{commit} ({', '.join(map(with_seeds, kinds.values()))})"
+                     for commit, kinds in by_commit.items())
     return (f"an {about['cpu']}, one thread per run, torch {about['torch']}, fp32, commits "
             f"{said}")
 
 
-def recipe_table(stages):
-    """Each stage of the recipe on all four tasks: single samples, and general requests."""
+def recipe_table(runs):
+    """Each stage of the recipe on all four tasks, a figure per seed: single samples, and general
+    requests."""
     columns = [(task, task, "pass@1", pct) for task in data.REASONING]
     columns += [("completions that mix languages", "countdown", "mixes", pct),
                 ("length", "countdown", "length", whole), ("chat right", "chat", "pass@1", pct),
@@ -232,37 +248,44 @@ def recipe_table(stages):
                 ("wins over dev3", "win_rate", "gold", pct),
                 ("... says the judge", "win_rate", "reward_model", pct)]
     rows = []
-    for stage in [stage for stage in STAGES if stage in stages]:  # those that were run
-        found = [(stages[stage].get(task, {}).get(key), show) for _, task, key, show in columns]
-        rows.append([f"`{stage}`", *["–" if x is None else show(x) for x, show in found]])
+    for stage in STAGES:
+        found = [stages[stage] for stages in runs if stage in stages]
+        cells = [by_seed([of[task][key] for of in found if key in of.get(task, {})], show)
+                 + " %" * (show is pct) for _, task, key, show in columns]
+        if found:
+            rows.append([f"`{stage}`", *["–" if cell == " %" else cell for cell in cells]])
     return table(["", *[heading for heading, *_ in columns]], rows)
 
 
-def distillation_table(stages):
-    """The two small models of the recipe, task by task, however they are asked."""
+def distillation_table(runs):
+    """The two small models of the recipe, task by task, however they are asked; a figure, and an
+    interval, per seed."""
     keys = {"T = 1": "pass@1", "T = 0.6": "pass@1_T=0.6", "greedy": "pass@1_greedy",
             "majority of 16": "cons@16"}
     rows = []
     for task in data.REASONING:
         for stage in ("small_base", "small_zero", "distill"):
-            if stage in stages:
-                found = stages[stage][task]
-                cells = [pct(found[key]) for key in keys.values()]
-                low, high = found["pass@1_ci"]
-                cells[0] += f" ({100 * low:.1f}–{100 * high:.1f})"
+            found = [stages[stage][task] for stages in runs if stage in stages]
+            if found:
+                cells = [by_seed([of[key] for of in found]) + " %" for key in keys.values()]
+                cells[0] += f" ({interval(found)})"
                 rows.append([f"`{stage}`", task, *cells])
     return table(["", "task", *keys], rows)
+
+
+def interval(found):
+    """The 95 % intervals of pass@1."""
+    return " / ".join("–".join(f"{100 * x:.1f}" for x in of["pass@1_ci"]) for of in found)
 
 
 def now_table(runs):
     head = ["run", "base pass@1 (tags left aside), pass@16", "zero pass@1", "T = 0.6", "greedy",
             "pass@16", "cons@16", "length", "completions that mix languages"]
     rows = []
-    for name, run in runs.items():
-        b, z = (run["stages"][stage]["countdown"] for stage in ("base", "zero"))
-        low, high = (100 * x for x in z["pass@1_ci"])
+    for name, stages in runs.items():
+        b, z = (stages[stage]["countdown"] for stage in ("base", "zero"))
         rows.append([name, f"{pct(b['pass@1'])} ({pct(b['pass@1_untagged'])}), {pct(b['pass@16'])}",
-                     f"{pct(z['pass@1'])} ({low:.1f}–{high:.1f})", pct(z["pass@1_T=0.6"]),
+                     f"{pct(z['pass@1'])} ({interval([z])})", pct(z["pass@1_T=0.6"]),
                      pct(z["pass@1_greedy"]), pct(z["pass@16"]), pct(z["cons@16"]),
                      f"{b['length']:.0f} → {z['length']:.0f}", pct(z["mixes"])])
     return table(head, rows)
@@ -271,18 +294,18 @@ def now_table(runs):
 def claims(results):
     """What the paper says, what is measured here, on which runs, and whether the check holds for
     each of them. The check of a row is as strong as the row's words."""
-    runs = results["runs"]
-    toy = {name: run["stages"] for name, run in toy_runs(runs).items()}
-    recipe, three, emoji = ({name: runs[name]["stages"]} if name in runs else {}
-                            for name in (ALL, THREE, EMOJI))
-    emoji = {name: {"zero": toy["seed 1"]["zero"], **stages} for name, stages in emoji.items()}
+    toy, recipe, three, emoji = (named(results["runs"], kind)
+                                 for kind in ("seed", "all tasks", "three tasks", "emoji"))
+    emoji = {name: {"zero": toy[name.split(", ")[1]]["zero"], **stages}
+             for name, stages in emoji.items() if name.split(", ")[1] in toy}
 
     def get(of, stage, key="pass@1", task="countdown", show=pct):
         return by_seed([stages[stage][task][key] for stages in of.values()], show)
 
-    def four(stage, key="pass@1", show=pct):
-        return " / ".join(get(recipe, stage, key, task, show).removesuffix(" %")
-                          for task in data.REASONING)
+    def four(of, stage, key="pass@1"):  # of each task the least and the greatest figure
+        found = [[stages[stage][task][key] for stages in of.values()] for task in data.REASONING]
+        return " / ".join("–".join(dict.fromkeys(f"{100 * x:.1f}" for x in (min(xs), max(xs))))
+                          for xs in found)
 
     def gains(stages, task):
         base, zero = stages["base"][task], stages["zero"][task]
@@ -295,99 +318,99 @@ def claims(results):
         rates = stages[stage]["win_rate"]
         return rates["reward_model"] - rates["gold"]
 
-    def after_dev3(stage):
-        return (f"chat right {get(recipe, 'dev3', task='chat')} → "
-                f"{get(recipe, stage, task='chat')}, "
-                f"declined {get(recipe, 'dev3', task='unsafe')} → "
-                f"{get(recipe, stage, task='unsafe')}, wins by gold reward "
-                f"{get(recipe, stage, 'gold', 'win_rate')}, says the reward model "
-                f"{get(recipe, stage, 'reward_model', 'win_rate')} %")
+    def after_dev3(of, stage):
+        return (f"chat right {get(of, 'dev3', task='chat')} → {get(of, stage, task='chat')}, "
+                f"declined {get(of, 'dev3', task='unsafe')} → {get(of, stage, task='unsafe')}, "
+                f"wins by gold reward {get(of, stage, 'gold', 'win_rate')}, says the reward model "
+                f"{get(of, stage, 'reward_model', 'win_rate')} %")
 
     def main(stages, stage, key="pass@1"):
         return stages[stage]["countdown"][key]
 
-    rows = [  # claim, runs, what was measured, check of one run
+    rows = [  # claim, runs, what was measured of those that have it, check of one run
         ["no author has tags, checks and patience together: at most 1 % of the base's samples have "
          "all tags and 18 misses or more, and 30 % or more of zero's", toy,
-         lambda: f"{get(toy, 'base', 'all_habits')} → {get(toy, 'zero', 'all_habits')} %",
+         lambda of: f"{get(of, 'base', 'all_habits')} → {get(of, 'zero', 'all_habits')} %",
          lambda s: main(s, "base", "all_habits") <= 0.01 and main(s, "zero", "all_habits") >= 0.3],
         ["RL alone lifts single samples above the base's best of 16, tags demanded of both", toy,
-         lambda: f"pass@16 of `base` {get(toy, 'base', 'pass@16')}; pass@1 of `zero` "
-         f"{get(toy, 'zero')} %",
+         lambda of: f"pass@16 of `base` {get(of, 'base', 'pass@16')}; pass@1 of `zero` "
+         f"{get(of, 'zero')} %",
          lambda s: main(s, "zero") > main(s, "base", "pass@16")],
         ["... and above the base's best of 16 with tags left aside", toy,
-         lambda: f"{get(toy, 'base', 'best_untagged')}; pass@1 of `zero` {get(toy, 'zero')} %",
+         lambda of: f"{get(of, 'base', 'best_untagged')}; pass@1 of `zero` {get(of, 'zero')} %",
          lambda s: main(s, "zero") > main(s, "base", "best_untagged")],
         ["completions grow to 1.8 times their length or more, and no reward pays for length", toy,
-         lambda: f"{get(toy, 'base', 'length', show=whole)} → "
-         f"{get(toy, 'zero', 'length', show=whole)} tokens",
+         lambda of: f"{get(of, 'base', 'length', show=whole)} → "
+         f"{get(of, 'zero', 'length', show=whole)} tokens",
          lambda s: main(s, "zero", "length") >= 1.8 * main(s, "base", "length")],
         ["a majority vote of 16 beats the 95 % interval of single samples", toy,
-         lambda: f"cons@16 {get(toy, 'zero', 'cons@16')}, interval up to "
-         f"{by_seed([main(s, 'zero', 'pass@1_ci')[1] for s in toy.values()])} %",
+         lambda of: f"cons@16 {get(of, 'zero', 'cons@16')}, interval up to "
+         f"{by_seed([main(s, 'zero', 'pass@1_ci')[1] for s in of.values()])} %",
          lambda s: main(s, "zero", "cons@16") > main(s, "zero", "pass@1_ci")[1]],
         ["R1-Zero mixes languages in half of its completions or more, as its base does", toy,
-         lambda: f"base {get(toy, 'base', 'mixes')} → zero {get(toy, 'zero', 'mixes')} % mix",
+         lambda of: f"base {get(of, 'base', 'mixes')} → zero {get(of, 'zero', 'mixes')} % mix",
          lambda s: min(main(s, "base", "mixes"), main(s, "zero", "mixes")) >= 0.5],
         ["with a reward for emoji 95 % or more of the lines end with one, and at most three points "
          "less is right than without it, from the same base in as many steps", emoji,
-         lambda: f"lines {get(emoji, 'base', 'emoji')} → {get(emoji, 'zero_emoji', 'emoji')}, "
-         f"right {get(emoji, 'zero_emoji')} against {get(emoji, 'zero')} %",
+         lambda of: f"lines {get(of, 'base', 'emoji')} → {get(of, 'zero_emoji', 'emoji')}, "
+         f"right {get(of, 'zero_emoji')} against {get(of, 'zero')} %",
          lambda s: main(s, "zero_emoji", "emoji") >= 0.95
          and main(s, "zero_emoji") >= main(s, "zero") - 0.03],
         ["one model learns countdown, arithmetic, logic and code by RL, each beyond what its base "
          "has right with tags left aside", recipe,
-         lambda: f"{four('base')}, tags left aside {four('base', 'pass@1_untagged')} → "
-         f"{four('zero')} %",
+         lambda of: f"{four(of, 'base')}, tags left aside {four(of, 'base', 'pass@1_untagged')} → "
+         f"{four(of, 'zero')} %",
          lambda s: all(gains(s, task) for task in data.REASONING)],
         ["RL on arithmetic, logic and code helps countdown, which it never draws: with tags left "
          "aside at least 5 points above the base", three,
-         lambda: f"{get(three, 'base', 'pass@1_untagged')} → "
-         f"{get(three, 'zero', 'pass@1_untagged')} %",
+         lambda of: f"{get(of, 'base', 'pass@1_untagged')} → "
+         f"{get(of, 'zero', 'pass@1_untagged')} %",
          lambda s: main(s, "zero", "pass@1_untagged") >= main(s, "base", "pass@1_untagged") + 0.05],
         ["after a cold start 95 % or more of a completion's words, on average, are in the prompt's "
          "language in each task (arithmetic has hardly a word), with a language reward 99 % or "
          "more", recipe,
-         lambda: f"zero {four('zero', 'one_language')}, dev1 {four('dev1', 'one_language')}, dev2 "
-         f"{four('dev2', 'one_language')} %",
+         lambda of: f"zero {four(of, 'zero', 'one_language')}, dev1 "
+         f"{four(of, 'dev1', 'one_language')}, dev2 {four(of, 'dev2', 'one_language')} %",
          lambda s: all(s["dev1"][task]["one_language"] >= 0.95
                        and s["dev2"][task]["one_language"] >= 0.99 for task in data.REASONING)],
         ["RL for all scenarios, in few and small steps: gold reward and reward model both prefer "
          "it to dev3, their win rates within 5 points; chat and each task are right as often, "
          "within dev3's 95 % intervals, and more is declined, above its interval", recipe,
-         lambda: after_dev3("r1"),
+         lambda of: after_dev3(of, "r1"),
          lambda s: min(s["r1"]["win_rate"].values()) > 0.5 and abs(happier(s, "r1")) < 0.05
          and all(s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
                  for task in ("chat", *data.REASONING))
          and s["r1"]["unsafe"]["pass@1_ci"][0] > s["dev3"]["unsafe"]["pass@1_ci"][1]],
         ["more and larger steps, divided by the std, *hack the reward model*: its win rate is 5 "
          "points or more above gold reward's, and at least 10 points less of chat is right", recipe,
-         lambda: after_dev3("r1_hacked"),
+         lambda of: after_dev3(of, "r1_hacked"),
          lambda s: happier(s, "r1_hacked") >= 0.05 and gained(s, "r1_hacked") <= -0.1],
         ["distillation brings a model a quarter as large to within 10 points of r1 in each task",
-         recipe, lambda: f"small_base {four('small_base')} → distill {four('distill')}; r1 "
-         f"{four('r1')} %",
+         recipe, lambda of: f"small_base {four(of, 'small_base')} → distill {four(of, 'distill')}; "
+         f"r1 {four(of, 'r1')} %",
          lambda s: all(s["distill"][task]["pass@1"] > s["r1"][task]["pass@1"] - 0.1
                        for task in data.REASONING)],
         ["in each task distill's 95 % interval lies wholly above that of small_zero", recipe,
-         lambda: f"distill {four('distill')}, small_zero {four('small_zero')} %",
+         lambda of: f"distill {four(of, 'distill')}, small_zero {four(of, 'small_zero')} %",
          lambda s: all(s["distill"][task]["pass@1_ci"][0] > s["small_zero"][task]["pass@1_ci"][1]
                        for task in data.REASONING)],
     ]
-    head = ["claim", "runs", "measured", "holds in each"]
-    seeds, shown = "seed " + " / ".join(name.split(" ")[1] for name in toy), []
+    head, shown = ["claim", "runs", "measured", "holds in each"], []
     for claim, of, figures, check in rows:
-        try:
-            holds = "yes" if all(check(stages) for stages in of.values()) else "**no**"
-            if of:
-                shown.append([claim, seeds if of is toy else next(iter(of)), figures(), holds])
-        except KeyError as e:
-            if e.args[0] not in STAGES:  # only a stage that was not run makes no row
-                raise
+        holds = {}
+        for name, stages in of.items():
+            try:
+                holds[name] = check(stages)
+            except KeyError as e:
+                if e.args[0] not in STAGES:  # only for a stage that was not run is there no figure
+                    raise
+        if holds:
+            shown.append([claim, with_seeds(holds), figures({name: of[name] for name in holds}),
+                          "yes" if all(holds.values()) else "**no**"])
     evidence = results["evidence"]
     for claim, command, *others in evidence_rows(list(evidence.values())):
-        seeds = [name.split(" ")[1] for name in evidence if command.strip("`") in evidence[name]]
-        shown.append([claim, f"seed {' / '.join(seeds)}, {command}", *others])
+        names = [name for name in evidence if command.strip("`") in evidence[name]]
+        shown.append([claim, f"{with_seeds(names)}, {command}", *others])
     return table(head, shown)
 
 
