@@ -229,7 +229,8 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, 1, -1)
         else:
             # Training and prefill: rows are right-padded, so causality alone hides the padding.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                               enable_gqa=True)
             y = y.transpose(1, 2).reshape(B, T, -1)
         return self.o_proj(y)
 
@@ -305,7 +306,22 @@ class GPT(nn.Module):
         """`trunk` as training runs it. Autocast covers no more than a forward pass: while it lasts,
         torch keeps its bfloat16 copies of the weights, even across optimiser steps."""
         with torch.autocast(idx.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            if not (self.compiled_trunk or self.checkpointing):
+                return self.trunk_sharing_prefix(idx)
             return (self.compiled_trunk or self.trunk)(idx)
+
+    def trunk_sharing_prefix(self, idx):
+        """`trunk`, but the first columns are computed once if all rows have the same ids there, as
+        in instructions and worked examples, where they are a quarter of a row or more."""
+        (N, T), device = idx.shape, idx.device
+        n = min(int((idx == idx[0]).all(dim=0).long().cumprod(0).sum()), T - 2)
+        if N == 1 or 4 * n < T or T > self.cfg.context:
+            return self.trunk(idx)
+        prefix, mask = [PrefillCache() for _ in self.blocks], torch.ones(T - n, T, device=device)
+        start = self.trunk(idx[:1, :n], caches=prefix)
+        rest = self.trunk(idx[:, n:], torch.arange(n, T, device=device)[None],
+                          [AfterPrefix(cache) for cache in prefix], mask.tril(n).bool())
+        return torch.cat([start.expand(N, -1, -1), rest], dim=1)
 
     def head(self, h):
         """Hidden states (..., C) -> logits (..., vocab), computed in the weights' dtype also under
@@ -361,6 +377,17 @@ class PrefillCache:
     def share(self, group_size, columns):
         k, v = (x.repeat_interleave(group_size, 0) for x in (self.k, self.v))
         return KVCache(k, v, columns)
+
+
+class AfterPrefix:
+    """Puts the keys and values of a prefix, of one row, before those of each row's own tokens."""
+
+    def __init__(self, prefix):
+        self.prefix = prefix
+
+    def append(self, k, v):
+        pairs = (self.prefix.k, k), (self.prefix.v, v)
+        return (torch.cat([first.expand(len(own), -1, -1, -1), own], 2) for first, own in pairs)
 
 
 class StaticDecoder:

@@ -173,7 +173,8 @@ def refuse_other_settings(cfg, state, keys, path, advice):
 
 
 def longest_prompt(cfg, tok):
-    """In tokens. Raises UserError, before any training, if a completion may not fit behind it."""
+    """Its length, and that of what all prompts begin with, in tokens. Raises UserError, before any
+    training, if a completion may not fit behind it."""
     data.leave_out_long(cfg.data, tok, cfg.model.context - cfg.grpo.max_new_tokens)
     prompts = [data.prompt_ids(problem, tok, cfg.data)
                for problem in data.eval_problems(cfg.data, 50)]
@@ -181,7 +182,7 @@ def longest_prompt(cfg, tok):
     if longest + new > cfg.model.context:
         raise UserError(f"a prompt of {longest} tokens + max_new_tokens={new} do not fit "
                         f"context={cfg.model.context}")
-    return longest
+    return longest, len(os.path.commonprefix(prompts))
 
 
 def names(cls, *left_out):
@@ -218,7 +219,7 @@ class Run:
         self.name, self.stage = name, stage_of(name, given)
         self.tok = data.load_tokenizer(given.get("init_from", ""))
         self.cfg = cfg = stage_config(self.stage, given, self.tok)
-        self.prompt_len = longest_prompt(cfg, self.tok)
+        self.prompt_len, self.shared_len = longest_prompt(cfg, self.tok)
         self.seed, self.device = cfg.sample.seed, sample.find_device(cfg.sample.device)
         steps = {"base": "base_steps", "rl": "rl_steps"}.get(self.stage.kind, "sft_steps")
         self.steps = cfg.settings()[steps]
@@ -734,9 +735,9 @@ def run_stage(name, given):
     return run
 
 
-def memory_plan(cfg, prompt_len, device):
+def memory_plan(cfg, prompt_len, device, shared_len=0):
     """What GRPO takes all the time, {what: bytes}, and what more at its two peaks; activations as
-    autograd keeps them."""
+    autograd keeps them. `shared_len`: of the tokens that all prompts begin with."""
     def size(dtype):  # of a number
         return 2 if sample.use_bf16(dtype, device) else 4
 
@@ -762,6 +763,8 @@ def memory_plan(cfg, prompt_len, device):
     sampling = sampler * cache + 3 * 4 * rows * m.vocab_size  # logits, softmax, its sums
 
     tokens = max(g.micro_tokens, columns)
+    if 4 * shared_len >= columns and not (t.checkpointing or t.compile):
+        tokens -= (tokens // columns - 1) * shared_len  # see GPT.trunk_sharing_prefix
     heads = m.d_head * (m.n_head + m.n_kv_head)
     norms = m.n_embd * (4 if t.lora_rank else 6)  # per token
     norms += heads * (1.6 if t.lora_rank else 2.6) * m.qk_norm
@@ -784,7 +787,7 @@ def return_memory():
 
 def print_memory(run):
     """What RL will take, and what there is. A toy needs no such line."""
-    always, moments = memory_plan(run.cfg, run.prompt_len, run.device)
+    always, moments = memory_plan(run.cfg, run.prompt_len, run.device, run.shared_len)
     need = sum(always.values()) + max(moments.values())
     if need < 2**30 and not run.cfg.sample.init_from:
         return

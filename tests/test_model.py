@@ -476,6 +476,38 @@ def test_chunked_log_probs_and_gradients_equal_the_plain_ones(tiny):
             assert torch.allclose(p.grad, w, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shared, widths", [
+    (0, [39]), (9, [39]), (10, [10, 29]), (25, [25, 14]), (40, [33, 6])])
+def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(
+        tiny, monkeypatch, shared, widths):
+    tokens = torch.randint(0, 40, (3, 40), generator=seeded())
+    tokens[:, shared:shared + 1] = torch.arange(3)[:, None]  # here the rows part
+    tokens[:, :shared] = tokens[0, :shared]
+    tokens[1, 33:] = 39  # padding
+    mask = torch.rand(3, 39, generator=seeded()) < 0.6
+    weights, seen, trunk = torch.randn(3, 39, generator=seeded()), [], tiny.trunk
+    want = torch.cat([token_logps(tiny, tokens[i:i + 1], 0.8, mask[i:i + 1]) for i in range(3)])
+    (weights * want).sum().backward()
+    grads = [p.grad.clone() for p in tiny.parameters()]
+
+    def counting(idx, *args, **options):
+        seen.append(idx.shape[1])
+        return trunk(idx, *args, **options)
+
+    monkeypatch.setattr(tiny, "trunk", counting)
+    tiny.zero_grad()
+    got = token_logps(tiny, tokens, 0.8, mask)
+    (weights * got).sum().backward()
+    assert seen == widths and torch.allclose(got, want, atol=1e-5)
+    for p, grad in zip(tiny.parameters(), grads, strict=True):
+        assert torch.allclose(p.grad, grad, atol=1e-4, rtol=1e-4)
+
+
+def test_a_row_past_the_context_is_refused_whatever_the_rows_share(tiny):
+    with pytest.raises(UserError, match="65 tokens do not fit"):
+        tiny.hidden(torch.zeros(2, 65, dtype=torch.long))
+
+
 def test_the_head_runs_on_no_more_positions_than_asked_for(tiny, monkeypatch):
     seen, head = [], tiny.head
 

@@ -1055,11 +1055,15 @@ def test_memory_is_planned_from_the_settings():
 
 @pytest.mark.parametrize("settings", [
     {}, {"autocast": "on"}, {"lora_rank": 4}, {"checkpointing": True}, {"qk_norm": False},
-    {"lora_rank": 4, "sample_dtype": "bfloat16", "autocast": "on"}])
+    {"lora_rank": 4, "sample_dtype": "bfloat16", "autocast": "on"}, {"max_new_tokens": 30}])
 def test_planned_activations_are_those_that_autograd_keeps(settings):
     shape = {"vocab_size": 50, "n_layer": 4, "n_embd": 128, "mlp_dim": 384, "n_head": 4}
     cfg = train.Config.of({**shape, "micro_tokens": 500, **settings})
-    always, moments = train.memory_plan(cfg, 20, torch.device("cpu"))
+    batch, shared = torch.ones(1, 500, dtype=torch.long), 0
+    if "max_new_tokens" in settings:  # five rows of 100 tokens, the first 60 of which are the same
+        batch, shared = torch.arange(500).view(5, 100) % 49, 60
+        batch[:, :shared] = batch[0, :shared]
+    always, moments = train.memory_plan(cfg, 70, torch.device("cpu"), shared)
     dtype = torch.bfloat16 if "sample_dtype" in settings else torch.float32
     model, kept = GPT(cfg.model).to(dtype), {}
     model.autocast, model.checkpointing = "autocast" in settings, cfg.train.checkpointing
@@ -1074,7 +1078,7 @@ def test_planned_activations_are_those_that_autograd_keeps(settings):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, torch.Tensor.detach):
-        model.hidden(torch.ones(1, 500, dtype=torch.long))
+        model.hidden(batch)
     taken = sum(t.untyped_storage().nbytes() for t in kept.values())
     planned = moments["update"] - 4 * trained - 16 * 500 * 50  # without gradients and logits
     if cfg.train.checkpointing:  # one block's are made again, and then the next one's
