@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------
@@ -218,7 +219,8 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.d_head).transpose(1, 2)  # (B, H or K, T, D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (apply_rope(norm(y.to(cos.dtype)), cos, sin)  # in fp32 also under autocast
+        # In fp32 also under autocast.
+        q, k = (apply_rope(norm(y.to(cos.dtype)), cos, sin).to(v.dtype)
                 for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         if cache is not None:
             k, v = cache.append(k, v)  # all columns so far
@@ -317,10 +319,10 @@ class GPT(nn.Module):
         n = min(int((idx == idx[0]).all(dim=0).long().cumprod(0).sum()), T - 2)
         if N == 1 or 4 * n < T or T > self.cfg.context:
             return self.trunk(idx)
-        prefix, mask = [PrefillCache() for _ in self.blocks], torch.ones(T - n, T, device=device)
+        prefix = [PrefillCache() for _ in self.blocks]
         start = self.trunk(idx[:1, :n], caches=prefix)
         rest = self.trunk(idx[:, n:], torch.arange(n, T, device=device)[None],
-                          [AfterPrefix(cache) for cache in prefix], mask.tril(n).bool())
+                          [AfterPrefix(cache) for cache in prefix], causal_lower_right(T - n, T))
         return torch.cat([start.expand(N, -1, -1), rest], dim=1)
 
     def head(self, h):

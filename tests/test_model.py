@@ -503,6 +503,18 @@ def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(
         assert torch.allclose(p.grad, grad, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_GPU)])
+def test_what_all_rows_begin_with_is_computed_once_under_autocast_too(tiny, device):
+    tokens, model = torch.randint(0, 40, (3, 40), generator=seeded()), tiny.to(device)
+    tokens[:, :25] = tokens[0, :25]
+    want = token_logps(model, tokens.to(device))
+    model.autocast = True
+    got = token_logps(model, tokens.to(device))
+    assert 1e-4 < (got - want).abs().mean() < 0.1
+    got.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_a_row_past_the_context_is_refused_whatever_the_rows_share(tiny):
     with pytest.raises(UserError, match="65 tokens do not fit"):
         tiny.hidden(torch.zeros(2, 65, dtype=torch.long))
