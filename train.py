@@ -128,7 +128,7 @@ LORA_DEFAULTS = {"rl_lr": 1e-5, "sft_lr": 1e-4}  # with --lora_rank: adapters wa
 TASK_DEFAULTS = {  # what suits a task better; short documents: more and smaller steps
     "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
     "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
-    "all": {"base_steps": 2400, "rl_steps": 100, "prompts_per_step": 24,
+    "all": {"base_steps": 2400, "rl_steps": 100, "prompts_per_step": 24, "mix": "task:4,code:1",
             "source_problems": 800, "sft_steps": 100, "eval_problems": 100},
 }
 
@@ -650,7 +650,7 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it
     # No division by the std: a reward model's scores never tie, and their noise would be blown up.
     # r1_hacked, below, divides, and takes more and larger steps as well.
     "r1": Stage(train_rl, "rl", "dev3", "reward_model", {
-        **ALL_SCENARIOS, "rl_steps": 12, "rl_lr": 1e-4, "adv_norm": "none"}),
+        **ALL_SCENARIOS, "w_harmless": 2.0, "rl_steps": 12, "rl_lr": 1e-4, "adv_norm": "none"}),
     "small_base": Stage(train_base, "base", None, None, SMALL),
     "distill": Stage(train_distill, "sft", "small_base", "r1", {
         **SMALL, "mix": "task:4,chat:1,unsafe:1", "source_problems": 7200, "source_samples": 1,
@@ -659,7 +659,8 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it
     # Experiments. zero_emoji does not divide by the std: in a group that is all right a missing
     # emoji would count like a wrong answer.
     "dev2_free": Stage(train_rl, "rl", "dev1", None, SHORT_RL),
-    "r1_hacked": Stage(train_rl, "rl", "dev3", "reward_model", {**ALL_SCENARIOS, **SHORT_RL}),
+    "r1_hacked": Stage(train_rl, "rl", "dev3", "reward_model", {
+        **ALL_SCENARIOS, **SHORT_RL, "rl_lr": 5e-4}),
     "zero_emoji": Stage(train_rl, "rl", "base", None, {
         "w_emoji": 0.2, "adv_norm": "none"}),
 }
