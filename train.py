@@ -764,8 +764,6 @@ def memory_plan(cfg, prompt_len, device, shared_len=0):
     sampling = sampler * cache + 3 * 4 * rows * m.vocab_size  # logits, softmax, its sums
 
     tokens = max(g.micro_tokens, columns)
-    if 4 * shared_len >= columns and not (t.checkpointing or t.compile):
-        tokens -= (tokens // columns - 1) * shared_len  # see GPT.trunk_sharing_prefix
     heads = m.d_head * (m.n_head + m.n_kv_head)
     norms = m.n_embd * (4 if t.lora_rank else 6)  # per token
     norms += heads * (1.6 if t.lora_rank else 2.6) * m.qk_norm
@@ -774,6 +772,9 @@ def memory_plan(cfg, prompt_len, device, shared_len=0):
     if t.checkpointing:
         block, copies = weight * m.n_embd + block / m.n_layer, copies / m.n_layer
     activations = m.n_layer * block * tokens + copies
+    if 4 * shared_len >= columns and not (t.checkpointing or t.compile):  # trunk_sharing_prefix
+        less = block - 2 * product * m.n_kv_head * m.d_head  # each row has a copy of keys and values
+        activations -= m.n_layer * less * (tokens // columns - 1) * shared_len
     activations += 4 * 4 * min(2**24, tokens * m.vocab_size)  # logits and their gradients
     step = 4 * trained if device.type == "cuda" else 0  # AdamW works on all weights at a time
     return always, {"sampling": sampling, "update": 4 * trained + max(activations, step)}
