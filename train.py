@@ -773,7 +773,7 @@ def memory_plan(cfg, prompt_len, device, shared_len=0):
         block, copies = weight * m.n_embd + block / m.n_layer, copies / m.n_layer
     activations = m.n_layer * block * tokens + copies
     if 4 * shared_len >= columns and not (t.checkpointing or t.compile):  # trunk_sharing_prefix
-        less = block - 2 * product * m.n_kv_head * m.d_head  # each row has a copy of keys and values
+        less = block - 2 * product * m.n_kv_head * m.d_head  # rows hold copies of keys and values
         activations -= m.n_layer * less * (tokens // columns - 1) * shared_len
     activations += 4 * 4 * min(2**24, tokens * m.vocab_size)  # logits and their gradients
     step = 4 * trained if device.type == "cuda" else 0  # AdamW works on all weights at a time
