@@ -776,14 +776,14 @@ def test_a_fifth_as_many_requests_are_held_out_for_the_judge(tmp_path, monkeypat
     assert {p.task for p in (*held_out, *learnt)} == set(data.GENERAL)
 
 
-def test_the_hacked_run_has_the_step_of_zero_more_steps_and_divides():
+def test_the_hacked_run_has_larger_and_more_steps_and_divides():
     for task in ("countdown", "all"):
-        zero, r1, hacked = (train.stage_config(train.STAGES[name], {"task": task},
-                                               data.load_tokenizer()).settings()
-                            for name in ("zero", "r1", "r1_hacked"))
+        r1, hacked = (train.stage_config(train.STAGES[name], {"task": task},
+                                         data.load_tokenizer()).settings()
+                      for name in ("r1", "r1_hacked"))
         assert {key for key in r1 if r1[key] != hacked[key]} == {"rl_lr", "rl_steps", "adv_norm"}
-        assert (hacked["rl_lr"], hacked["adv_norm"]) == (zero["rl_lr"], "std")
-        assert r1["rl_lr"] < hacked["rl_lr"] and r1["rl_steps"] < hacked["rl_steps"]
+        assert hacked["rl_lr"] == pytest.approx(5 * r1["rl_lr"]) and hacked["adv_norm"] == "std"
+        assert r1["rl_steps"] < hacked["rl_steps"]
 
 
 def test_of_eight_answers_one_is_to_another_request_and_two_are_slips(tmp_path, monkeypatch):

@@ -93,7 +93,8 @@ def carry_out(name):
 
 def gather():
     """What the runs wrote, as far as they were made: {"about", "seen", "runs": {name: {"made",
-    "stages": {stage: eval.json}}}, "evidence"}, and what was measured earlier as it is."""
+    "stages": {stage: eval.json}}}, "evidence"}, and what was measured earlier as it is, runs "...
+    at COMMIT, seed ..." among them."""
     import torch
     runs = {}
     for name in RUNS:
@@ -109,8 +110,9 @@ def gather():
                     stages[stage]["countdown"] |= round_all(in_samples(where, stage))
         made = round_all(read(os.path.join(where, "made.json")))
         runs[name] = {"made": made, "stages": stages}
+    runs |= {name: run for name, run in read(FILE)["runs"].items() if " at " in name}
     evidence = {}
-    for name in runs:
+    for name in [name for name in RUNS if name in runs]:
         path = os.path.join(folder(name), "evidence")
         found = [file for file in sorted(os.listdir(path)) if file.endswith(".json")] \
             if os.path.exists(path) else []
@@ -205,7 +207,7 @@ def blocks(results):
            "distillation": distillation_table(named(runs, "all tasks").values()),
            "recipe": recipe_table(named(runs, "all tasks").values())}
     out |= {name: f"```\n{text}\n```" for name, text in results["seen"].items()}
-    for name in ("speed", "speed_now", "rates"):
+    for name in ("speed", "speed_now", "rates", "sums"):
         head, *rows = results["earlier"][name]["rows"]
         out[name] = table(head, rows)
     out["smollm2"] = f"```\n{results['earlier']['smollm2']['text']}\n```"
@@ -221,8 +223,11 @@ def named(runs, kind):
 
 def with_seeds(names):
     """"all tasks, seed 1", "all tasks, seed 2" -> "all tasks, seed 1 / 2"."""
-    first, *others = names
-    return " / ".join([first, *[name.split(" ")[-1] for name in others]])
+    seeds = {}
+    for name in names:
+        kind, seed = name.rsplit(" ", 1)
+        seeds.setdefault(kind, []).append(seed)
+    return "; ".join(f"{kind} {' / '.join(found)}" for kind, found in seeds.items())
 
 
 def made_on(results):
