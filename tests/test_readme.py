@@ -84,8 +84,8 @@ def test_the_figures_in_the_readmes_first_lines_are_those_of_the_three_seeds():
 def test_only_a_stage_that_was_not_run_leaves_a_claim_out():
     found = json.loads(source("assets/results.json"))
     rows = results.claims(found).count("\n")
-    for run in found["runs"].values():
-        run["stages"].pop("small_zero", None)
+    for made in found["runs"].values():
+        made["stages"].pop("small_zero", None)
     assert results.claims(found).count("\n") == rows - 1
     del found["runs"]["all tasks, seed 1"]["stages"]["zero"]["code"]["pass@1"]
     with pytest.raises(KeyError):
@@ -98,9 +98,10 @@ def test_a_row_of_the_recipe_names_the_runs_that_have_its_stages_and_all_their_f
             for stage in ("base", "zero")}
     mine["zero"]["code"]["pass@1"] = 0.123
     found["runs"] |= {"all tasks, seed 2": {"made": {}, "stages": mine}}
-    rows = [row for row in results.claims(found).split("\n") if row.startswith("| one model learns")]
-    assert len(rows) == 1 and "| all tasks, seed 1 / 2 |" in rows[0] and "12.3–" in rows[0]
-    assert "seed 1 / 2" not in results.claims(found).split("after a cold start")[1]
+    claims = results.claims(found)
+    row, = [row for row in claims.split("\n") if row.startswith("| one model learns")]
+    assert "| all tasks, seed 1 / 2 |" in row and "12.3–" in row
+    assert "seed 1 / 2" not in claims.split("after a cold start")[1]
     table = results.blocks(found)["recipe"].split("\n")
     assert sum(row.startswith("| `zero`") and " / 12.3 %" in row for row in table) == 1
 
