@@ -370,7 +370,7 @@ class KVCache:
 
 
 class PrefillCache:
-    """Catches the keys and values of the prompts, to be copied to each prompt's group."""
+    """Catches the keys and values of prompts, for each prompt's group, or of a common prefix."""
 
     def append(self, k, v):
         self.k, self.v = k, v
