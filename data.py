@@ -726,11 +726,11 @@ def write_logic(problem, cfg, habits, rng):
 
 
 def write_code(problem, cfg, habits, rng):
-    """Tries slopes, x itself last. The rest follows from the first test (above 9 nobody tries it),
+    """Tries slopes, x itself first. The rest follows from the first test (above 9 nobody tries it),
     and the second is checked; who does not check writes that, too, but for the verdict."""
     x, y, x2, y2 = problem.numbers
     trials = []
-    for slope in "123456789x":
+    for slope in "x123456789":
         a, a2 = (x, x2) if slope == "x" else (slope, slope)
         times, times2 = x * int(a), x2 * int(a2)
         op, rest, value = "+-"[times > y], abs(y - times), times2 + y - times

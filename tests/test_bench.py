@@ -196,3 +196,54 @@ def test_sampling_is_timed_beside_whatever_else_is_installed(monkeypatch, capsys
     assert ("ctranslate2" in found) != any("skipped" in line for line in lines)
     for name in found.keys() - {"ours"}:
         assert any(f"ours_over_{name}" in line for line in lines)
+
+
+# ---------------------------------------------------------------- a small base that has read less
+
+
+def test_impatient_authors_check_and_use_tags_but_give_up_early():
+    rng, _ = generators("impatient")
+    for task in data.REASONING:
+        drawn = [evidence.impatient(rng, task) for _ in range(300)]
+        assert max(habits.patience for habits in drawn) < data.ENOUGH[task]
+        assert any(habits.checks for habits in drawn) and len({h.layout for h in drawn}) == 4
+    assert isinstance(evidence.impatient(rng, "table"), data.Habits)  # nobody is patient there
+
+
+def test_unread_trains_the_small_models_anew_from_the_runs_r1(monkeypatch, tmp_path):
+    out, steps, read_by = tmp_path / "run", ["base", "zero", "dev1", "dev2", "dev3",
+                                             "reward_model", "r1"], {}
+    for stage in steps:
+        (out / stage).mkdir(parents=True)
+        for file in ("ckpt.pt", "eval.json"):
+            (out / stage / file).write_text(stage)
+    monkeypatch.setattr(evidence, "told", lambda given: {"task": "countdown", "seed": 3})
+    monkeypatch.setattr(evidence, "load_checkpoint", lambda path: {"seconds": 1.0})
+    monkeypatch.setattr(evidence, "results_of", lambda folder, tasks: {t: folder for t in tasks})
+
+    def train(stages, settings):
+        assert settings["out_dir"] == str(out / "evidence" / "unread") and settings["seed"] == 3
+        copied = out / "evidence" / "unread" / "r1"
+        assert (copied / "ckpt.pt").read_text() == (copied / "eval.json").read_text() == "r1"
+        assert not (out / "evidence" / "unread" / "small_base").exists()  # not the run's own
+        read_by.update(dict.fromkeys(stages, data.draw_habits))
+
+    monkeypatch.setattr(evidence.train, "run_command_line", train)
+    report = evidence.unread(None, {"out_dir": str(out)}, "")
+    assert read_by["small_base"] is evidence.impatient
+    assert read_by["distill"] is read_by["small_zero"] is data.draw_habits
+    assert set(report["seconds"]) == {"small_base", "distill", "small_zero"}
+
+
+def test_unread_holds_only_where_the_intervals_are_apart_and_rl_had_more_time():
+    def report(distill, small_zero, longer):
+        return {"tasks": ["code"], "seconds": {"distill": 9, "small_zero": 9 + longer},
+                "distill": {"code": {"pass@1": sum(distill) / 2, "pass@1_ci": distill}},
+                "small_zero": {"code": {"pass@1": sum(small_zero) / 2, "pass@1_ci": small_zero}}}
+
+    for of, holds in ((report((0.5, 0.6), (0.3, 0.4), 1), "yes"),
+                      (report((0.5, 0.6), (0.3, 0.5), 1), "**no**"),
+                      (report((0.5, 0.6), (0.3, 0.4), 0), "**no**")):
+        [(_, _, figures, held)] = evidence_rows([{"unread": of}])
+        assert held == holds and figures.startswith("code distill 55.0 (50.0–60.0), small_zero") \
+            or held == holds and figures.startswith("distill 55.0 (50.0–60.0), small_zero")

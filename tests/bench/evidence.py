@@ -5,13 +5,16 @@
     python tests/bench/evidence.py passk --out_dir=out1     # pass@k of base and zero
     python tests/bench/evidence.py budget --out_dir=out1    # thinking cut short; majority votes
     python tests/bench/evidence.py steps --out_dir=out1     # accuracy and length over the RL steps
+    python tests/bench/evidence.py unread --out_dir=out-all # a small base without patient authors
     python tests/bench/evidence.py draw out1 out2 out3 --to=assets   # a picture of several runs
     python tests/bench/evidence.py rows out1 out2 out3      # rows for the table of claims
 
 Each writes OUT_DIR/evidence/COMMAND.json, and a picture beside it if matplotlib is installed. All
 flags of train.py are understood; what is not given is as in the run's zero.
 """
+import math
 import os
+import shutil
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -116,6 +119,38 @@ def run_controls(names, args, given, path):
             train.run_command_line(["zero"], {**settings, **CONTROLS[name], "out_dir": folder})
         for key, stage in (("base", "base"), (name, "zero")):
             found[key] = results_of(os.path.join(folder, stage), found["tasks"])
+    return found
+
+
+DRAW_HABITS = data.draw_habits
+
+
+def impatient(rng, task="countdown"):
+    """An author's habits, drawn from those who do not count as patient."""
+    while True:
+        habits = DRAW_HABITS(rng, task)
+        if habits.patience < data.ENOUGH.get(task, math.inf):
+            return habits
+
+
+def unread(args, given, path):
+    """distill and small_zero once more, of a small base that has read no patient author: what RL
+    cannot find there, the traces of the run's r1 still show. -> {stage: {task: its results}}, and
+    the seconds that each stage trained."""
+    settings = {**{key: told(given)[key] for key in ("task", "seed")}, **given}
+    folder = settings["out_dir"] = os.path.join(given["out_dir"], "evidence", "unread")
+    for stage in train.resolve_dependencies(["r1"]):
+        os.makedirs(os.path.join(folder, stage), exist_ok=True)
+        for file in ("ckpt.pt", "eval.json"):
+            shutil.copy(os.path.join(given["out_dir"], stage, file), os.path.join(folder, stage))
+    with patch.object(data, "draw_habits", impatient):
+        train.run_command_line(["small_base"], settings)
+    train.run_command_line(["distill", "small_zero"], settings)
+    found = {"tasks": tasks_of(settings), "seed": settings["seed"], "seconds": {}}
+    for stage in ("small_base", "distill", "small_zero"):
+        found[stage] = results_of(os.path.join(folder, stage), found["tasks"])
+        ckpt = load_checkpoint(os.path.join(folder, stage, "ckpt.pt"))
+        found["seconds"][stage] = ckpt["seconds"]
     return found
 
 
@@ -295,7 +330,7 @@ def draw(name, runs, path):
 
 COMMANDS = {"shuffle": partial(run_controls, ["shuffled"]),
             "alone": partial(run_controls, ["format_alone", "accuracy_alone", "undivided"]),
-            "passk": passk, "budget": budget, "steps": steps}
+            "passk": passk, "budget": budget, "steps": steps, "unread": unread}
 
 
 def read_runs(folders):
