@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import tiktoken
@@ -337,6 +337,17 @@ def draw_logic(cfg, rng):
     if len(answers) != 1 or answers == [""]:
         return None
     return Problem("logic", question, (), answers[0])
+
+
+def without_names(problem):
+    """The question; of a logic puzzle the same text for all that differ only in names and order."""
+    if problem.task != "logic":
+        return problem.question
+    question = re.sub("[A-F] (and|or) [A-F]", r"\1", problem.question)  # the two others, always
+    people = re.findall("([A-F]) says", question)
+    renamed = (question.translate(str.maketrans("".join(people), "".join(names)))
+               for names in permutations("UVW"))
+    return min(", ".join(sorted(text.removesuffix(": who lies").split(", "))) for text in renamed)
 
 
 def suspects(question):
@@ -1027,7 +1038,7 @@ def main():
             "check results": checks, "patient": patient, "tags and checks": tags and checks,
             "tags and patience": tags and patient,
             "checks and patience": checks and patient, "all three": tags and checks and patient})
-    print("Of 10,000 attempts at puzzles that can be solved: "
+    print("of 10,000 attempts at puzzles that can be solved: "
           + ", ".join(f"{name} {n / 100:.1f} %" for name, n in counts.items()))
 
 

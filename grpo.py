@@ -26,8 +26,9 @@ not depend on the sample may be subtracted from the reward: E[b grad log pi] = b
 b grad 1 = 0, so the mean gradient stays, and a b near the mean reward lowers its noise. PPO, the
 usual algorithm before it, trains a second network to guess that mean; GRPO takes the group's.
 
-For every problem q sample o_1 ... o_G from the policy as it is now, pi_old, and reward them with
-r_1 ... r_G. All tokens o_t of a completion have its advantage A. Then
+For every problem q sample o_1 ... o_G from the policy, and reward them with r_1 ... r_G. pi_old is
+the policy that sampled, and stays as it was while pi is trained. All tokens o_t of a completion
+have its advantage A. Then
 
     A     = (r - mean(r)) / std(r)                                  over the group            (1)
     rho_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)               the ratio of a token      (2)
@@ -35,12 +36,12 @@ r_1 ... r_G. All tokens o_t of a completion have its advantage A. Then
     kl_t  = pi_ref/pi - log(pi_ref/pi) - 1                          "k3" of a token, >= 0     (4)
     loss  = mean over completions of the mean over their tokens of  L_t + beta kl_t           (5)
 
-Where pi = pi_old the gradient of rho_t is that of log pi, so (3) has the form of the identity
-above. It is not exactly grad E[r]: the mean of the group includes r itself, dividing by the std
-weights problems unequally, and the mean over a completion's own tokens weights completions
-unequally (Dr. GRPO, arXiv 2503.20783, does without the last two). The clip stops pushing a token
-once its ratio has moved by eps in the direction that A asks for. beta keeps the policy near the
-reference while it chases the reward.
+At the first optimiser step on a rollout pi = pi_old, and the gradient of rho_t is that of log pi,
+so (3) has the form of the identity above. It is not exactly grad E[r]: the mean of the group
+includes r itself, dividing by the std weights problems unequally, and the mean over a completion's
+own tokens weights completions unequally (Dr. GRPO, arXiv 2503.20783, does without the last two).
+The clip stops pushing a token once its ratio has moved by eps in the direction that A asks for.
+beta keeps the policy near the reference while it chases the reward.
 
 Read on in the order in which the code runs: settings, `train_grpo` (the loop), then what it calls:
 `group_advantages` (1), `update_policy`, `grpo_loss` (2)-(5). All of that works on token ids: `env`,
@@ -101,9 +102,9 @@ class GRPOConfig:
     dynamic_sampling: int = opt(0, "extra rounds, at most, that replace groups whose rewards are "
                                 "all equal (DAPO)",
                                 least=0, most=1000)
-    skip_equal: bool = opt(False, "completions without advantage are left out of the update: "
-                           "faster late in a run, but the KL no longer holds them (without a KL "
-                           "they have no gradient and are always left out)")
+    skip_equal: bool = opt(False, "completions whose advantage is 0 are left out of the update, as "
+                           "they always are if kl_coef is 0: faster late in a run, but the KL "
+                           "no longer holds them")
     ref_every: int = opt(0, "steps between copies of the policy into the reference; 0: none",
                          least=0)
     micro_tokens: int = opt(2048, "tokens per forward and backward pass, padding included; changes "
@@ -179,15 +180,15 @@ def train_grpo(policy, ref, env, run, cfg):
             sampled, groups = sampled + new, groups + new
 
         # ---- Update: raise the log-probs of what was better than its group, lower the others
-        t1 = time.time()
+        update_t0 = time.time()
         update = update_policy(policy, ref, optimizers, groups, cfg, generator)
         if ref is not None and cfg.ref_every and (step + 1) % cfg.ref_every == 0:
             ref.load_state_dict(policy.state_dict())
 
         # ---- Log, save, evaluate
-        took = time.time() - t0
-        run.seconds += took
-        log_step(run, step + 1, sampled, update, took, took - (t1 - t0), cfg)
+        now = time.time()
+        run.seconds += now - t0
+        log_step(run, step + 1, sampled, update, now - t0, now - update_t0, cfg)
         run.end_step(step + 1, cfg.rl_steps, policy, optimizers, ref if cfg.ref_every else None)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.rl_steps:
             sync_weights(sampler, policy)
@@ -304,8 +305,8 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
     log_ratio = (logp - logp_old).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
 
-    # (3) The min takes the clipped term only where that is worse, so a token that has moved too
-    # far in the wrong direction is still pulled back.
+    # (3) The min of the two gains: nothing is won by moving on beyond the clip, but a token that
+    # has moved too far in the wrong direction is still pulled back.
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     policy_loss = -torch.min(ratio * adv, clipped * adv)
 

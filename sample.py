@@ -299,15 +299,19 @@ def assess(problem, text, completion, cfg):
 
 def evaluate(model, tok, problems, k, cfg, temperature):
     """k completions of each problem -> (metrics, the lines of samples.jsonl). The 95 % interval of
-    pass@1 is over problems, because the k samples of one are not independent."""
+    pass@1 is over problems, because the k samples of one are not independent; neither are logic
+    puzzles that differ in names alone, which count as one."""
     _, generator = generators("evaluate")
     answers = sample_answers(model, tok, problems, k, cfg, temperature, generator, "evaluate")
     samples, n = [assess(*answer, cfg) for answer in answers], len(problems)
     verdicts = [(s["answer"], s["right"]) for s in samples]
     votes = [majority_vote(verdicts[i:i + k]) for i in range(0, n * k, k)]
     right = torch.tensor([right for _, right in verdicts]).double().view(n, k)
-    mean = right.mean().item()
-    half = 1.96 * right.mean(dim=1).std().item() / n ** 0.5 if n > 1 else 1.0
+    mean, apart = right.mean().item(), Counter()
+    for problem, deviation in zip(problems, (right.mean(dim=1) - mean).tolist(), strict=True):
+        apart[data.without_names(problem)] += deviation
+    var = sum(x * x for x in apart.values()) * len(apart) / max(1, len(apart) - 1) / n ** 2
+    half = 1.96 * var ** 0.5 if len(apart) > 1 else 1.0
     metrics = {"pass@1": mean, "pass@1_ci": [max(0.0, mean - half), min(1.0, mean + half)],
                f"pass@{k}": sum(pass_at_k(k, int(c), k) for c in right.sum(dim=1)) / n,
                f"cons@{k}": sum(votes) / n}
@@ -345,8 +349,9 @@ def evaluate_tasks(model, tok, cfg, folder):
 
 
 def win_rates(samples, tok, out_dir):
-    """How often an answer to a general request beats dev3's, ties counting half: by gold reward,
-    and by the reward model, which was hacked if it says much more. {} if one of them is missing."""
+    """Of the answers to general requests that differ from dev3's, and their share is `differ`: how
+    many are better, ties counting half, by gold reward, and by the reward model, which was fooled
+    if it says much more. {} if one of them is missing."""
     dev3 = os.path.join(out_dir, "dev3", "samples.jsonl")
     path = os.path.join(out_dir, "reward_model", "ckpt.pt")
     if not (os.path.exists(dev3) and os.path.exists(path)):
@@ -355,16 +360,20 @@ def win_rates(samples, tok, out_dir):
                     for lines in (samples, read_lines(dev3)))
     if not mine or [s["prompt"] for s in mine] != [s["prompt"] for s in theirs]:
         return {}
-    model, prompts = load_model(path, cls=RewardModel), [s["prompt"] for s in mine]
-    golds = [[s["gold_reward"] for s in group] for group in (mine, theirs)]
-    scores = [model.score(tok, prompts, [s["completion"] for s in group])
-              for group in (mine, theirs)]
+    # The same text twice would be a tie, were it not for rounding in the reward model.
+    pairs = [pair for pair in zip(mine, theirs, strict=True)
+             if pair[0]["completion"] != pair[1]["completion"]]
+    model = load_model(path, cls=RewardModel)
+    golds = [[s["gold_reward"] for s in group] for group in zip(*pairs, strict=True)]
+    scores = [model.score(tok, [s["prompt"] for s in group], [s["completion"] for s in group])
+              for group in zip(*pairs, strict=True)]
 
-    def rate(ours, others):
+    def rate(ours=(), others=()):
         wins = [(a > b) + 0.5 * (a == b) for a, b in zip(ours, others, strict=True)]
-        return sum(wins) / len(wins)
+        return sum(wins) / len(wins) if wins else 0.5
 
-    return {"win_rate": {"gold": rate(*golds), "reward_model": rate(*scores)}}
+    return {"win_rate": {"gold": rate(*golds), "reward_model": rate(*scores),
+                         "differ": len(pairs) / len(mine)}}
 
 
 def rejection_sample(problems, texts, filters, rank=None):

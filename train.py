@@ -635,8 +635,8 @@ class Stage:
 SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "mlp_dim": 128}
 SHORT_RL = {"rl_steps": 30}
 ALL_SCENARIOS = {"mix": "task:2,chat:1,unsafe:1", "w_language": 0.5, "w_preference": 0.5,
-                 "w_harmless": 1.0}
-STAGES = {  # in the paper's order: whatever a stage needs is above it
+                 "w_harmless": 2.0}
+STAGES = {  # in the paper's order: whatever a stage needs is above it. Figures found by trial
     "base": Stage(train_base, "base", None, None, {}),
     "sft": Stage(train_traces, "sft", "base", None, {}),
     "zero": Stage(train_rl, "rl", "base", None, {}),
@@ -656,11 +656,12 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it
         **SMALL, "mix": "task:4,chat:1,unsafe:1", "source_problems": 7200, "source_samples": 1,
         "sft_steps": 800, "sft_lr": 2e-3, "sft_rows": 32}),
     "small_zero": Stage(train_rl, "rl", "small_base", None, SMALL),
-    # Experiments. zero_emoji does not divide by the std: in a group that is all right a missing
-    # emoji would count like a wrong answer.
+    # Experiments: dev2 without its language reward, r1 with more and larger steps, emoji. The last
+    # does not divide by the std: in a group that is all right a missing emoji would count like a
+    # wrong answer.
     "dev2_free": Stage(train_rl, "rl", "dev1", None, SHORT_RL),
     "r1_hacked": Stage(train_rl, "rl", "dev3", "reward_model", {
-        **ALL_SCENARIOS, **SHORT_RL, "rl_lr": 5e-4}),
+        **ALL_SCENARIOS, "rl_steps": 30, "rl_lr": 5e-4}),
     "zero_emoji": Stage(train_rl, "rl", "base", None, {
         "w_emoji": 0.2, "adv_norm": "none"}),
 }

@@ -77,8 +77,28 @@ def test_the_figures_in_the_readmes_first_lines_are_those_of_the_three_seeds():
         said.append([f"{100 * x:.0f}" for x in figures])
     (b, u, z), *others = said
     two, three = (", ".join(figures) for figures in others)
-    want = f"from {b} % ({u} % with tags left aside) to {z} % (seed 2: {two}; seed 3: {three})"
+    want = (f"from {b} % ({u} % *untagged*: tags left aside) to {z} % (seed 2: {two}; seed 3: "
+            f"{three})")
     assert want in " ".join(README.split())
+
+
+def test_the_figures_in_the_readmes_prose_are_in_the_results_file():
+    found, prose = json.loads(source("assets/results.json")), " ".join(README.split())
+    stages = found["runs"]["all tasks, seed 1"]["stages"]
+    base, zero = (stages[stage]["countdown"]["length"] for stage in ("base", "zero"))
+    assert f"({base:.0f} → {zero:.0f} tokens)" in prose
+    rates = next(row for row in found["earlier"]["rates"]["rows"] if row[:2] == ["3e-4", "300"])
+    seeds = re.findall(r"([0-9.]+) \(", rates[3])
+    assert f"300 steps end at {min(seeds)} to {max(seeds)} % (seeds 1 to 3)" in prose
+    sums = {tuple(row[:2]): re.sub(r" \([^)]*\)", "", row[3])
+            for row in found["earlier"]["sums"]["rows"]}
+    as_it_came = sums["as it came", ""].removesuffix(".0 %")
+    whole, adapters = (sums[f"GRPO, {what}", "20 steps"] for what in ("all weights", "adapters"))
+    assert f"go from {as_it_came} % right to {whole} (seeds 1 to 3)" in prose
+    assert f"with `--lora_rank=16 --rl_lr=2e-4` to {adapters}." in prose
+    shown = found["earlier"]["smollm2"]["text"]
+    sft, emoji = (re.search(f"\n{name} +([0-9.]+)%", shown)[1] for name in ("sft", "zero_emoji"))
+    assert f"{sft} % of answers are right; after 15 GRPO steps 82 % and {float(emoji):.0f} %" in prose
 
 
 def test_only_a_stage_that_was_not_run_leaves_a_claim_out():

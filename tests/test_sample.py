@@ -2,6 +2,7 @@
 command line of sample.py."""
 import itertools
 import json
+import random
 from dataclasses import asdict, fields
 
 import pytest
@@ -130,6 +131,24 @@ def test_thinking_and_second_attempts_are_counted(monkeypatch):
     assert metrics["thinks"] == 1 and metrics["retry_rate"] == 0.5 and metrics["pass@1"] == 0.5
     assert [s["retry_rate"] for s in samples] == [True, False]
     assert metrics["pass@1_ci"] == [0, 1]  # one problem says nothing about others
+
+
+def test_logic_puzzles_that_differ_in_names_alone_count_as_one(monkeypatch):
+    told = [data.Problem("logic", question, (), "A") for question in (
+        "A says B lies, B says A and C lie, C says B is honest: who lies",
+        "B says F is honest, D says F lies, F says B and D lie: who lies",  # the same one
+        "A says B lies, B says A or C lies, C says B is honest: who lies")]
+    texts = ["<answer>A</answer>", "<answer>A</answer>", "<answer>B</answer>"]
+    tok, cfg = says(monkeypatch, texts), sample.Config()
+    metrics, _ = sample.evaluate(None, tok, told, 1, cfg, 1.0)
+    # Of the deviations 1/3, 1/3 and -2/3 from the mean the first two are one puzzle's.
+    half = 1.96 * ((4 / 9 + 4 / 9) * 2) ** 0.5 / 3
+    assert metrics["pass@1_ci"] == pytest.approx([max(0, 2 / 3 - half), min(1, 2 / 3 + half)])
+    assert data.without_names(told[0]) == data.without_names(told[1])
+    assert data.without_names(told[0]) != data.without_names(told[2])
+    held_out = data.eval_problems(data.DataConfig(task="logic"), 100, "logic")
+    assert len({data.without_names(problem) for problem in held_out}) == 14
+    assert data.without_names(ADD) == ADD.question
 
 
 def test_general_requests_are_judged_by_gold_reward(monkeypatch):
@@ -266,8 +285,8 @@ def chats(golds):
 def test_an_answer_is_compared_with_dev3s_to_the_same_request(tmp_path, monkeypatch):
     class Judge:
         """Prefers what gold reward does not."""
-        def score(self, tok, prompts, texts):
-            return [-float(text) for text in texts]
+        def score(self, tok, prompts, texts):  # and rounds, so that the same text never ties
+            return [1e-6 * random.random() - float(text) for text in texts]
 
     (tmp_path / "reward_model").mkdir()
     (tmp_path / "reward_model" / "ckpt.pt").write_text("")
@@ -279,8 +298,12 @@ def test_an_answer_is_compared_with_dev3s_to_the_same_request(tmp_path, monkeypa
         return sample.win_rates(samples, None, str(folder))
 
     mine = [{"task": "countdown", "prompt": "make"}, *chats([2, 2, 4, 3])]
-    rates = {"gold": 2.5 / 4, "reward_model": 1.5 / 4}
+    rates = {"gold": 2 / 3, "reward_model": 1 / 3, "differ": 3 / 4}
     assert win_rates(mine) == {"win_rate": rates}
+    mine[1] |= {"gold_reward": 1}  # other words, as good
+    assert win_rates(mine)["win_rate"]["gold"] == 1.5 / 3
+    same = {"gold": 0.5, "reward_model": 0.5, "differ": 0.0}
+    assert win_rates(theirs) == {"win_rate": same}
     assert win_rates(chats([1, 2])) == {} == win_rates([])  # other requests, or none
     assert win_rates(mine, tmp_path / "elsewhere") == {}  # no dev3 there
     (tmp_path / "reward_model" / "ckpt.pt").unlink()

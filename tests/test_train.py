@@ -744,7 +744,7 @@ def test_the_whole_pipeline_runs(whole):
     tasks = {"countdown", "arithmetic", "logic", "code", "chat", "unsafe"}
     assert set(results(whole / "zero")) == tasks  # dev3 came later
     assert set(results(whole / "r1")) == {*tasks, "win_rate"}
-    assert set(results(whole / "r1")["win_rate"]) == {"gold", "reward_model"}
+    assert set(results(whole / "r1")["win_rate"]) == {"gold", "reward_model", "differ"}
     learnt = read(whole / "dev3", "sft.jsonl")
     assert {line["problem"]["task"] for line in learnt} == {"countdown", "chat", "unsafe"}
 

@@ -177,10 +177,9 @@ def doubling(n):
 
 
 def passk(args, given, path):
-    """pass@k of base and zero, and the least k at which the base, with tags left aside, finds as
-    much as zero."""
+    """pass@k of base, with tags and with tags left aside, and of zero."""
     (tok, cfg, models), n = open_run(given, ("base", "zero")), args.samples or 256
-    found = {"tasks": list(cfg.data.tasks()), "samples": n, "pass@k": {}, "right": {}, "meet": {}}
+    found = {"tasks": list(cfg.data.tasks()), "samples": n, "pass@k": {}, "right": {}}
     for task in found["tasks"]:
         problems, counts = data.eval_problems(cfg.data, args.problems, task), {}
         for stage, model in models.items():
@@ -189,8 +188,6 @@ def passk(args, given, path):
                          for k in doubling(n)} for name, right in counts.items()}
         del curves["zero, tags left aside"]  # next to zero's own
         found["pass@k"][task], found["right"][task] = curves, counts
-        base, zero = curves["base, tags left aside"], curves["zero"]
-        found["meet"][task] = next((k for k in base if base[k] >= zero[k]), None)
     return found
 
 

@@ -25,14 +25,14 @@ import rewards  # noqa: E402
 FILE = os.path.join(ROOT, "assets", "results.json")
 SEEDS = (1, 2, 3)
 ASK = "python sample.py --numbers=3,7,2 --target=20 --n=1"
-STAGES = ("base", "zero", "zero_emoji", "dev1", "dev2", "dev3", "r1", "r1_hacked", "small_base",
-          "small_zero", "distill")
+STAGES = ("base", "zero", "zero_emoji", "dev1", "dev2", "dev2_free", "dev3", "r1", "r1_hacked",
+          "small_base", "small_zero", "distill")
 SHOWN_STEPS = (1, 5, 10, 20, 60)
 MORE_SEEDS = (4, 5)  # of zero, and of the recipe up to r1
 RUNS, OF_A_BASE = {}, {}  # name: the commands that make it; of a base that a run of RUNS made
 for seed in (*SEEDS, *MORE_SEEDS):
     n, end = "" if seed == 1 else seed, f"--seed={seed} --threads=1 --out_dir="
-    parts = ["zero", "r1"] + ["r1_hacked distill", "small_zero"] * (seed in SEEDS)
+    parts = ["zero", "r1"] + ["dev2_free r1_hacked distill", "small_zero"] * (seed in SEEDS)
     RUNS[f"seed {seed}"] = [f"python train.py {end}out{seed}"]
     RUNS[f"all tasks, seed {seed}"] = [
         f"python train.py {stages} --task=all {end}out-all{n}" for stages in parts]
@@ -48,8 +48,8 @@ RUNS |= OF_A_BASE
 CONTROLS = {  # in the folder of a seed
     f"controls, seed {seed}": [
         f"python tests/bench/evidence.py {control} --threads=1 --out_dir=out{seed}" for control in (
-            "shuffle --eval_problems=100", "alone --eval_problems=100", "steps --problems=100",
-            "budget --problems=100", "passk --problems=100 --samples=128")] for seed in SEEDS}
+            "shuffle", "alone", "passk --problems=100 --samples=128", "budget --problems=100",
+            "steps --problems=100")] for seed in SEEDS}
 CONTROLS |= {f"unread, seed {seed}": [f"python tests/bench/evidence.py unread --threads=1 "
                                       f"--out_dir=out-all{'' if seed == 1 else seed}"]
              for seed in SEEDS}
@@ -145,8 +145,8 @@ def samples_of(where, stage):
 
 def in_samples(where, stage):
     """Shares of the completions kept: not in one language throughout; in format with misses enough
-    to count as patient, which no author of the corpus is (who hits earlier is not counted). And of
-    the puzzles: with a right one among 16 samples, tags left aside."""
+    to count as patient, which no author of the corpus is (who hits earlier is not counted); right.
+    And of the puzzles: with a right one among 16 samples, tags left aside."""
     lines = samples_of(where, stage)
     untagged = [line["pass@1_untagged"] for line in lines]
     best = [any(untagged[i:i + 16]) for i in range(0, len(lines), 16)]
@@ -156,7 +156,8 @@ def in_samples(where, stage):
     habits = [line["format"] and n >= data.ENOUGH["countdown"]
               for line, n in zip(lines, misses, strict=True)]
     return {"mixes": sum(mixes) / len(mixes), "all_habits": sum(habits) / len(habits),
-            "best_untagged": sum(best) / len(best)}
+            "best_untagged": sum(best) / len(best),
+            "right_kept": sum(line["right"] for line in lines) / len(lines)}
 
 
 def cpu_name():
@@ -220,8 +221,9 @@ def blocks(results):
 
 
 def named(runs, kind):
-    """{name: {stage: eval.json}} of the runs whose names are "`kind`, seed N" or "seed N"."""
-    return {name: run["stages"] for name, run in runs.items() if name.startswith(kind)}
+    """{name: {stage: eval.json}} of the runs named "KIND, seed N", or "seed N" for "seed"."""
+    start = f"{kind}, " if kind != "seed" else "seed "
+    return {name: run["stages"] for name, run in runs.items() if name.startswith(start)}
 
 
 def with_seeds(names):
@@ -253,7 +255,8 @@ def recipe_table(runs):
                 ("length", "countdown", "length", whole), ("chat right", "chat", "pass@1", pct),
                 ("unsafe declined", "unsafe", "pass@1", pct),
                 ("chat thinks", "chat", "thinks", pct),
-                ("wins over dev3", "win_rate", "gold", pct),
+                ("answers other than dev3's", "win_rate", "differ", pct),
+                ("of these better", "win_rate", "gold", pct),
                 ("... says the judge", "win_rate", "reward_model", pct)]
     rows = []
     for stage in STAGES:
@@ -304,8 +307,10 @@ def claims(results):
     each of them. The check of a row is as strong as the row's words."""
     toy, recipe, three, emoji = (named(results["runs"], kind)
                                  for kind in ("seed", "all tasks", "three tasks", "emoji"))
-    emoji = {name: {"zero": toy[name.split(", ")[1]]["zero"], **stages}
-             for name, stages in emoji.items() if name.split(", ")[1] in toy}
+    emoji = {name: stages for name, stages in emoji.items() if name.split(", ")[1] in toy}
+    for name in emoji:
+        usual = toy[name.split(", ")[1]]
+        emoji[name] = {**emoji[name], "zero": usual["zero"], "zero's base": usual["base"]}
 
     def get(of, stage, key="pass@1", task="countdown", show=pct):
         return by_seed([stages[stage][task][key] for stages in of.values()], show)
@@ -328,70 +333,94 @@ def claims(results):
 
     def after_dev3(of, stage):
         return (f"chat right {get(of, 'dev3', task='chat')} → {get(of, stage, task='chat')}, "
-                f"declined {get(of, 'dev3', task='unsafe')} → {get(of, stage, task='unsafe')}, "
-                f"wins by gold reward {get(of, stage, 'gold', 'win_rate')}, says the reward model "
+                f"declined {get(of, 'dev3', task='unsafe')} → {get(of, stage, task='unsafe')}; "
+                f"other answers than dev3's: {get(of, stage, 'differ', 'win_rate')}, of these "
+                f"better {get(of, stage, 'gold', 'win_rate')}, says the reward model "
                 f"{get(of, stage, 'reward_model', 'win_rate')} %")
+
+    def more_gold(of, stage):
+        golds = [get(of, s, "gold_reward", "chat", "{:.2f}".format) for s in ("dev3", stage)]
+        return f"; gold reward in chat {golds[0]} → {golds[1]}"
 
     def main(stages, stage, key="pass@1"):
         return stages[stage]["countdown"][key]
 
     rows = [  # claim, runs, what was measured of those that have it, check of one run
-        ["no author has tags, checks and patience together: at most 1 % of the base's samples have "
-         "all tags and 18 misses or more, and 30 % or more of zero's", toy,
+        ["of the base's samples at most 1 % have all tags and 18 misses or more, of zero's 30 % or "
+         "more (of the corpus's authors none has both and checks)", toy,
          lambda of: f"{get(of, 'base', 'all_habits')} → {get(of, 'zero', 'all_habits')} %",
          lambda s: main(s, "base", "all_habits") <= 0.01 and main(s, "zero", "all_habits") >= 0.3],
-        ["RL alone lifts single samples above the base's best of 16, tags demanded of both", toy,
+        ["RL alone lifts single samples above the base's best of 16, tags demanded of both (the "
+         "next row leaves the base's aside)", toy,
          lambda of: f"pass@16 of `base` {get(of, 'base', 'pass@16')}; pass@1 of `zero` "
          f"{get(of, 'zero')} %",
          lambda s: main(s, "zero") > main(s, "base", "pass@16")],
         ["... and above the base's best of 16 with tags left aside", toy,
-         lambda of: f"{get(of, 'base', 'best_untagged')}; pass@1 of `zero` {get(of, 'zero')} %",
-         lambda s: main(s, "zero") > main(s, "base", "best_untagged")],
-        ["completions grow to 1.8 times their length or more, and no reward pays for length", toy,
+         lambda of: f"{get(of, 'base', 'best_untagged')}; pass@1 of `zero` "
+         f"{get(of, 'zero', 'right_kept')} % (the same 100 puzzles)",
+         lambda s: main(s, "zero", "right_kept") > main(s, "base", "best_untagged")],
+        ["completions grow to twice their length or more, and no reward pays for length", toy,
          lambda of: f"{get(of, 'base', 'length', show=whole)} → "
          f"{get(of, 'zero', 'length', show=whole)} tokens",
-         lambda s: main(s, "zero", "length") >= 1.8 * main(s, "base", "length")],
-        ["a majority vote of 16 beats the 95 % interval of single samples", toy,
+         lambda s: main(s, "zero", "length") >= 2 * main(s, "base", "length")
+         and rewards.RewardConfig().w_length == 0],
+        ["a majority of 16 samples at T = 1 is right more often than single ones (above the upper "
+         "end of their 95 % interval), and no more than a point less often than greedy answers",
+         toy,
          lambda of: f"cons@16 {get(of, 'zero', 'cons@16')}, interval up to "
-         f"{by_seed([main(s, 'zero', 'pass@1_ci')[1] for s in of.values()])} %",
-         lambda s: main(s, "zero", "cons@16") > main(s, "zero", "pass@1_ci")[1]],
-        ["R1-Zero mixes languages in half of its completions or more, as its base does", toy,
-         lambda of: f"base {get(of, 'base', 'mixes')} → zero {get(of, 'zero', 'mixes')} % mix",
-         lambda s: min(main(s, "base", "mixes"), main(s, "zero", "mixes")) >= 0.5],
-        ["with a reward for emoji 95 % or more of the lines end with one, and at most three points "
-         "less is right than without it, from the same base in as many steps", emoji,
+         f"{by_seed([main(s, 'zero', 'pass@1_ci')[1] for s in of.values()])}, greedy "
+         f"{get(of, 'zero', 'pass@1_greedy')} %",
+         lambda s: main(s, "zero", "cons@16") > main(s, "zero", "pass@1_ci")[1]
+         and main(s, "zero", "cons@16") >= main(s, "zero", "pass@1_greedy") - 0.01],
+        ["R1-Zero mixes languages in half of its completions or more, as its base does (a longer "
+         "one is likelier to; the words in the prompt's language are about as many)", toy,
+         lambda of: f"base {get(of, 'base', 'mixes')} → zero {get(of, 'zero', 'mixes')} % mix; "
+         f"words {get(of, 'base', 'one_language')} → {get(of, 'zero', 'one_language')} %",
+         lambda s: min(main(s, "base", "mixes"), main(s, "zero", "mixes")) >= 0.5
+         and abs(main(s, "base", "one_language") - main(s, "zero", "one_language")) <= 0.1],
+        ["with a reward for emoji (and no division by the std) 95 % or more of the lines end with "
+         "one, and at most three points less is right than in zero, from the same base", emoji,
          lambda of: f"lines {get(of, 'base', 'emoji')} → {get(of, 'zero_emoji', 'emoji')}, "
          f"right {get(of, 'zero_emoji')} against {get(of, 'zero')} %",
          lambda s: main(s, "zero_emoji", "emoji") >= 0.95
-         and main(s, "zero_emoji") >= main(s, "zero") - 0.03],
-        ["one model learns countdown, arithmetic, logic and code by RL, each beyond what its base "
-         "has right with tags left aside", recipe,
-         lambda of: f"{four(of, 'base')}, tags left aside "
-         f"{four(of, 'base', 'pass@1_untagged')} → {four(of, 'zero')} %",
+         and main(s, "zero_emoji") >= main(s, "zero") - 0.03
+         and main(s, "base") == main(s, "zero's base")],
+        ["one model learns countdown / arithmetic / logic / code by RL: in each its whole interval "
+         "lies above what its base has right, tags left aside", recipe,
+         lambda of: f"base {four(of, 'base')}, tags left aside "
+         f"{four(of, 'base', 'pass@1_untagged')}, zero {four(of, 'zero')} %",
          lambda s: all(gains(s, task) for task in data.REASONING)],
-        ["RL on arithmetic, logic and code helps countdown, which it never draws: with tags left "
-         "aside at least 5 points above the base", three,
+        ["RL on arithmetic, logic and code helps countdown, which the base has read of and RL "
+         "never draws: with tags left aside half as much again is right, or more", three,
          lambda of: f"{get(of, 'base', 'pass@1_untagged')} → "
          f"{get(of, 'zero', 'pass@1_untagged')} %",
-         lambda s: main(s, "zero", "pass@1_untagged") >= main(s, "base", "pass@1_untagged") + 0.05],
-        ["after a cold start 95 % or more of a completion's words, on average, are in the prompt's "
-         "language in each task (arithmetic has hardly a word), with a language reward 99 % or "
-         "more", recipe,
+         lambda s: main(s, "zero", "pass@1_untagged") >= 1.5 * main(s, "base", "pass@1_untagged")],
+        ["a cold start: a completion's share of words in the prompt's language is 95 % or more on "
+         "average in each task, in countdown and code 20 points more than in zero (arithmetic and "
+         "logic have few words that differ)", recipe,
          lambda of: f"zero {four(of, 'zero', 'one_language')}, dev1 "
-         f"{four(of, 'dev1', 'one_language')}, dev2 {four(of, 'dev2', 'one_language')} %",
-         lambda s: all(s["dev1"][task]["one_language"] >= 0.95
-                       and s["dev2"][task]["one_language"] >= 0.99 for task in data.REASONING)],
-        ["RL for all scenarios, in few and small steps: gold reward and reward model both prefer "
-         "it to dev3, their win rates within 5 points; chat and each task are right as often, "
-         "within dev3's 95 % intervals, and more is declined, above its interval", recipe,
-         lambda of: after_dev3(of, "r1"),
-         lambda s: min(s["r1"]["win_rate"].values()) > 0.5 and abs(happier(s, "r1")) < 0.05
+         f"{four(of, 'dev1', 'one_language')} %",
+         lambda s: all(s["dev1"][task]["one_language"] >= 0.95 for task in data.REASONING)
+         and all(s["dev1"][task]["one_language"] >= s["zero"][task]["one_language"] + 0.2
+                 for task in ("countdown", "code"))],
+        ["the language reward: of completions in countdown at least 10 points fewer mix languages "
+         "than after the same RL without it", recipe,
+         lambda of: f"dev1 {get(of, 'dev1', 'mixes')}, dev2_free {get(of, 'dev2_free', 'mixes')}, "
+         f"dev2 {get(of, 'dev2', 'mixes')} % mix",
+         lambda s: main(s, "dev2", "mixes") <= main(s, "dev2_free", "mixes") - 0.1],
+        ["RL for all scenarios, in few and small steps: of its answers that differ from dev3's 60 "
+         "% or more are better by gold reward, and the reward model says so within 5 points; chat "
+         "and each task are not right less often than the lower end of dev3's 95 % intervals; "
+         "more is declined, the intervals apart", recipe,
+         lambda of: f"{after_dev3(of, 'r1')}; tasks {four(of, 'dev3')} → {four(of, 'r1')} %",
+         lambda s: s["r1"]["win_rate"]["gold"] >= 0.6 and abs(happier(s, "r1")) < 0.05
          and all(s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
                  for task in ("chat", *data.REASONING))
          and s["r1"]["unsafe"]["pass@1_ci"][0] > s["dev3"]["unsafe"]["pass@1_ci"][1]],
-        ["more and larger steps, divided by the std, *hack the reward model*: its win rate is 5 "
-         "points or more above gold reward's, and at least 10 points less of chat is right", recipe,
-         lambda of: after_dev3(of, "r1_hacked"),
+        ["more and larger steps, divided by the std, *exploit the reward model*: it overrates them "
+         "by 5 points or more, and at least 10 points less of chat is right (gold reward, which "
+         "counts friendly words as well, may still rise)", recipe,
+         lambda of: after_dev3(of, "r1_hacked") + more_gold(of, "r1_hacked"),
          lambda s: happier(s, "r1_hacked") >= 0.05 and gained(s, "r1_hacked") <= -0.1],
         ["distillation brings a model a quarter as large to within 10 points of r1 in each task",
          recipe, lambda of: f"small_base {four(of, 'small_base')} → distill "
@@ -434,6 +463,20 @@ def change(stage, key="pass@1", show=pct, start="base"):
     return figures
 
 
+def both(first, name, second):
+    """Two figures of a row, the second with a name."""
+    return lambda runs, task: f"{first(runs, task)}, {name} {second(runs, task)}"
+
+
+def points_of(key, curve):
+    """Shows all points of the runs' curves for a task, their means over the runs."""
+    def figures(runs, task):
+        found = [run[key][task][curve] for run in runs]
+        return ", ".join(f"{x}: {pct(sum(points[x] for points in found) / len(found))}"
+                         for x in found[0]).replace(" %", "") + " %"
+    return figures
+
+
 def small_models(runs, task):
     """distill and small_zero of a base that has read less, with their intervals."""
     shown = [f"{stage} {by_seed([run[stage][task]['pass@1'] for run in runs])} "
@@ -443,8 +486,12 @@ def small_models(runs, task):
 
 
 def meeting(runs, task):
-    found = [run["meet"][task] for run in runs]
-    return " / ".join("none" if k is None else str(k) for k in found)
+    """From which k on the base is within a point of zero."""
+    found = []
+    for run in runs:
+        base, zero = (run["pass@k"][task][name] for name in ("base, tags left aside", "zero"))
+        found.append(next((k for k in base if base[k] >= zero[k] - 0.01), "none"))
+    return " / ".join(found)
 
 
 def ends(key, curve):
@@ -456,40 +503,46 @@ def ends(key, curve):
     return figures
 
 
-EVIDENCE = [  # command, claim, its figures, its check of a run and a task: as strong as the words
-    ("shuffle", "rewards shuffled within each group, for as many steps: pass@1 does not rise above "
-     "the base's 95 % interval",
-     change("shuffled"),
-     lambda run, t: run["shuffled"][t]["pass@1"] <= run["base"][t]["pass@1_ci"][1]
-     and run["steps"] == run["zero_steps"]),
-    ("alone", "format reward alone: tags in 95 %, and right answers, tags left aside, do not rise",
-     change("format_alone", "pass@1_untagged"),
-     lambda run, t: run["format_alone"][t]["format"] >= 0.95
-     and run["format_alone"][t]["pass@1_untagged"] <= run["base"][t]["pass@1_untagged"]),
-    ("alone", "accuracy reward alone, from the base: at most 3 points below zero",
+EVIDENCE = [  # command, claim, its figures, its check of a run and task: as strong as the words
+    ("shuffle", "rewards shuffled within each group, for as many steps: no more is right than in "
+     "the base, with tags or without (less, where steps without a signal do harm)",
+     both(change("shuffled"), "tags left aside", change("shuffled", "pass@1_untagged")),
+     lambda run, t: as_long(run) and all(run["shuffled"][t][key] <= run["base"][t][key]
+                                         for key in ("pass@1", "pass@1_untagged"))),
+    ("alone", "format reward alone: tags in 95 % or more, and right answers, tags left aside, fall "
+     "by half or more",
+     both(change("format_alone", "pass@1_untagged"), "tags", change("format_alone", "format")),
+     lambda run, t: as_long(run) and run["format_alone"][t]["format"] >= 0.95
+     and run["format_alone"][t]["pass@1_untagged"] <= 0.5 * run["base"][t]["pass@1_untagged"]),
+    ("alone", "accuracy reward alone: at most 3 points below zero",
      change("accuracy_alone", start="zero"),
-     lambda run, t: run["accuracy_alone"][t]["pass@1"] >= run["zero"][t]["pass@1"] - 0.03),
+     lambda run, t: as_long(run)
+     and run["accuracy_alone"][t]["pass@1"] >= run["zero"][t]["pass@1"] - 0.03),
     ("alone", "without division by length and std completions grow by a half or more, too",
      change("undivided", "length", whole),
-     lambda run, t: run["undivided"][t]["length"] >= 1.5 * run["base"][t]["length"]),
-    ("passk", "zero finds more than its base, tags left aside, for each k up to 4; equal from k =",
-     meeting, lambda run, t: (run["meet"][t] or 1e9) > 4),
-    ("budget", "thinking cut off after 8, 16, ... tokens: the later, the more is right (at most a "
-     "point less from one limit to the next, 10 more in all)", ends("budget", "zero"),
+     lambda run, t: as_long(run)
+     and run["undivided"][t]["length"] >= 1.5 * run["base"][t]["length"]),
+    ("passk", "at least one of k = 1, 2, 4 samples is right more often in zero, tags demanded, "
+     "than in its base, tags left aside; the base is within a point of it from k =",
+     meeting, lambda run, t: all(run["pass@k"][t]["zero"][k]
+                                 > run["pass@k"][t]["base, tags left aside"][k] for k in "124")),
+    ("budget", "thinking is used: closed by force after 8, 16, 32, ... tokens, more is right with "
+     "each doubling, or at most a point less",
+     points_of("budget", "zero"),
      lambda run, t: rises(run["budget"][t]["zero"].values(), 0.01, 0.1)),
-    ("budget", "a majority of all samples is right more often than one sample",
-     ends("cons@k", "zero"), lambda run, t: rises(run["cons@k"][t]["zero"].values(), 1, 1e-9)),
     ("steps", "held-out pass@1 rises by 10 points or more over the RL steps, and falls by at most "
      "three from one evaluation to the next",
      ends("accuracy", "pass@1"),
      lambda run, t: rises(run["accuracy"][t]["pass@1"].values(), 0.03, 0.1)),
-    ("unread", "what RL cannot find, traces show: of a small base that has read no patient author, "
-     "distill's 95 % interval lies wholly above that of small_zero in each task, though small_zero "
-     "trains for longer",
+    ("unread", "what a small base has not read, r1's traces supply and RL does not find: where it "
+     "has read no patient author, distill's 95 % interval lies wholly above that of small_zero",
      small_models,
-     lambda run, t: run["distill"][t]["pass@1_ci"][0] > run["small_zero"][t]["pass@1_ci"][1]
-     and run["seconds"]["small_zero"] > run["seconds"]["distill"]),
+     lambda run, t: run["distill"][t]["pass@1_ci"][0] > run["small_zero"][t]["pass@1_ci"][1]),
 ]
+
+
+def as_long(run):
+    return run["steps"] == run["zero_steps"]
 
 
 def rises(values, slack, least):
