@@ -105,7 +105,7 @@ def test_only_a_stage_that_was_not_run_leaves_a_claim_out():
     found = json.loads(source("assets/results.json"))
     rows = results.claims(found).count("\n")
     for made in found["runs"].values():
-        made["stages"].pop("small_zero", None)
+        made["stages"].pop("zero_emoji", None)
     assert results.claims(found).count("\n") == rows - 1
     del found["runs"]["all tasks, seed 1"]["stages"]["zero"]["code"]["pass@1"]
     with pytest.raises(KeyError):
@@ -121,7 +121,7 @@ def test_a_row_of_the_recipe_names_the_runs_that_have_its_stages_and_all_their_f
     claims = results.claims(found)
     row, = [row for row in claims.split("\n") if row.startswith("| one model learns")]
     assert "| all tasks, seed 1 / 2 |" in row and "12.3–" in row
-    assert "seed 1 / 2" not in claims.split("after a cold start")[1]
+    assert "seed 1 / 2" not in claims.split("a cold start: ")[1].split("\n")[0]
     table = results.blocks(found)["recipe"].split("\n")
     assert sum(row.startswith("| `zero`") and " / 12.3 %" in row for row in table) == 1
 
@@ -131,7 +131,7 @@ def test_a_claim_that_fails_for_one_seed_says_no():
     name = next(iter(found["runs"]))
 
     def verdict():
-        return results.blocks(found)["claims"].split("majority vote")[1].split("\n")[0]
+        return results.blocks(found)["claims"].split("a majority of 16")[1].split("\n")[0]
 
     assert "**no**" not in verdict()
     found["runs"][name]["stages"]["zero"]["countdown"]["cons@16"] = 0.9
