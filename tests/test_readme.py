@@ -258,7 +258,9 @@ def test_every_command_of_the_readme_is_one_that_there_is():
 
 
 def test_the_adapters_of_the_readme_judge_as_our_rewards_do(as_module):
-    ours = as_module("import data\nimport rewards\n" + PYTHON[3] + PYTHON[4])
+    code = source("tests/bench/trl_train.py")
+    in_trl = re.search(r"^def in_trl.*?return judge\n", code, re.S | re.M)
+    ours = as_module("import data\nimport rewards\n" + in_trl[0] + PYTHON[3])
     ours.problems = [data.Problem("arithmetic", "what is 1+2", (1, 2), 3)]
     texts = ["<think>1</think><answer>3</answer>", "<answer>4</answer>"]
     said = [[{"role": "assistant", "content": text}] for text in texts]
@@ -266,7 +268,6 @@ def test_the_adapters_of_the_readme_judge_as_our_rewards_do(as_module):
     extra = {"question": "what is 1+2", "numbers": [1, 2]}
     scores = [ours.compute_score("arithmetic", text, 3, extra) for text in texts]
     assert scores == rewards.score(ours.problems * 2, texts, rewards.RewardConfig())[0]
-    assert PYTHON[3] in source("tests/bench/trl_train.py")
 
 
 def in_order(command):
