@@ -9,6 +9,7 @@ score, and quickly. Arithmetic is exact: 8/(3-8/3) makes 24 and nothing else doe
 import math
 import operator
 import re
+import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -202,12 +203,15 @@ def verify_reply(problem, answer):
 def fraction(found):
     """\\frac{a}{b} -> a/b, in brackets where they are needed."""
     a, b, factor = (part.strip("{} ") for part in found.groups(""))
+    if re.fullmatch("-[0-9]+", b) and re.fullmatch(r"-?\w+", a):
+        a, b = a[1:] if a.startswith("-") else f"-{a}", b[1:]
     a = f"({a})" if re.search(r"[-+](?![^(]*\))", a[1:]) else a
     b = b if re.fullmatch(r"[0-9]+|\w|\\sqrt\(\w+\)", b) else f"({b})"
     return f" ({a}/{b})" if factor else f" {a}/{b}"
 
 
 SIGNS = [  # pairs of what is written and what it means, in the order in which they are replaced
+    ("[¼½¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("⁄", "/")),
     ("~", " "), (r"(?<=[0-9])\\,(?=[0-9]{3})", ""), (">=|≥", r"\\ge "), ("<=|≤", r"\\le "),
     (r"\\begin\{[bp]matrix\}", "[["), (r"\\end\{[bp]matrix\}", "]]"), (r"\\\\", "],["), ("&", ","),
     ("[−–]", "-"), ("π", r"\\pi"), (r"\\?sqrt ?|√", r"\\sqrt"), (r"\+?\\infty", r"\\infty"),
@@ -244,7 +248,8 @@ def plain(text):
         text = re.sub(written, meant, text)
     *before, text = text.split("\\boxed")
     if before:
-        text = text[1:].split("}")[0] if re.match(r"\{[^{}]*\}", text) else ""
+        boxed = re.match(r"\{([^{}]*)\}| ([^ {}]+)", text)
+        text = boxed[1] or boxed[2] or "" if boxed else ""
     text = re.sub(r",? (?:and|or) ", ", ", " ".join(text.split()))
     text = text.lstrip(" *=").rstrip(" *.。")
     return re.sub(r"^\(([^(),]*)\)$|^\{([^{}]*)\}$", r"\1\2", text)  # (B) is B
