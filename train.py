@@ -650,7 +650,7 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it. Figures 
     # No division by the std: a reward model's scores never tie, and their noise would be blown up.
     # r1_hacked, below, divides, and takes more and larger steps as well.
     "r1": Stage(train_rl, "rl", "dev3", "reward_model", {
-        **ALL_SCENARIOS, "rl_steps": 12, "rl_lr": 1e-4, "adv_norm": "none"}),
+        **ALL_SCENARIOS, "rl_steps": 24, "rl_lr": 1e-4, "adv_norm": "none"}),
     "small_base": Stage(train_base, "base", None, None, SMALL),
     "distill": Stage(train_distill, "sft", "small_base", "r1", {
         **SMALL, "mix": "task:4,chat:1,unsafe:1", "source_problems": 7200, "source_samples": 1,
