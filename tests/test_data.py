@@ -435,13 +435,14 @@ def test_most_code_with_another_test_has_no_solution_and_none_is_held_out():
     assert 10 < solved < 150
 
 
-def test_x_itself_is_the_last_slope_that_authors_try():
+def test_x_itself_is_the_first_slope_that_authors_try():
     habits = data.Habits(0.0, "full", True, 30)
-    problem = data.code_problem([(2, 3), (5, 24)])
+    problem = data.code_problem([(2, 7), (5, 19)])
     lines, answer = data.write_code(problem, CFG, habits, random.Random(0))
-    assert [line[:3] for line in lines] == [f"{slope}. " for slope in "123456x"]
-    assert lines[-1] == "x. 2*2=4 4-1=3, 5*5=25 25-1=24 vs 24 yes\n"
-    assert answer == "x*x-1" and right(problem, answer)
+    assert [line[:3] for line in lines] == [f"{slope}. " for slope in "x1234"]
+    assert lines[0] == "x. 2*2=4 4+3=7, 5*5=25 25+3=28 vs 19 no\n"
+    assert lines[-1] == "4. 2*4=8 8-1=7, 5*4=20 20-1=19 vs 19 yes\n"
+    assert answer == "x*4-1" and right(problem, answer)
 
 
 def test_few_authors_are_right_and_fewer_are_right_with_all_tags():
