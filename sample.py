@@ -349,14 +349,14 @@ def evaluate_tasks(model, tok, cfg, folder):
 
 
 def win_rates(samples, tok, out_dir):
-    """Of the answers to general requests that differ from dev3's, and their share is `differ`: how
-    many are better, ties counting half, by gold reward, and by the reward model, which was fooled
-    if it says much more. {} if one of them is missing."""
+    """Of the answers in chat that differ from dev3's, and their share is `differ`: how many are
+    better, ties counting half, by gold reward, and by the reward model, which was fooled if it says
+    much more. {} if one of them is missing."""
     dev3 = os.path.join(out_dir, "dev3", "samples.jsonl")
     path = os.path.join(out_dir, "reward_model", "ckpt.pt")
     if not (os.path.exists(dev3) and os.path.exists(path)):
         return {}
-    mine, theirs = ([s for s in lines if s["task"] in data.GENERAL]
+    mine, theirs = ([s for s in lines if s["task"] == "chat"]
                     for lines in (samples, read_lines(dev3)))
     if not mine or [s["prompt"] for s in mine] != [s["prompt"] for s in theirs]:
         return {}

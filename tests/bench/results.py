@@ -253,7 +253,7 @@ def recipe_table(runs):
                 ("length", "countdown", "length", whole), ("chat right", "chat", "pass@1", pct),
                 ("unsafe declined", "unsafe", "pass@1", pct),
                 ("chat thinks", "chat", "thinks", pct),
-                ("answers other than dev3's", "win_rate", "differ", pct),
+                ("in chat other answers than dev3's", "win_rate", "differ", pct),
                 ("of these better", "win_rate", "gold", pct),
                 ("... says the judge", "win_rate", "reward_model", pct)]
     rows = []
@@ -332,8 +332,8 @@ def claims(results):
     def after_dev3(of, stage):
         return (f"chat right {get(of, 'dev3', task='chat')} → {get(of, stage, task='chat')}, "
                 f"declined {get(of, 'dev3', task='unsafe')} → {get(of, stage, task='unsafe')}; "
-                f"other answers than dev3's: {get(of, stage, 'differ', 'win_rate')}, of these "
-                f"better {get(of, stage, 'gold', 'win_rate')}, says the reward model "
+                f"chat answered otherwise than by dev3: {get(of, stage, 'differ', 'win_rate')}, "
+                f"of these better {get(of, stage, 'gold', 'win_rate')}, says the reward model "
                 f"{get(of, stage, 'reward_model', 'win_rate')} %")
 
     def more_gold(of, stage):
@@ -406,20 +406,20 @@ def claims(results):
          lambda of: f"dev1 {get(of, 'dev1', 'mixes')}, dev2_free {get(of, 'dev2_free', 'mixes')}, "
          f"dev2 {get(of, 'dev2', 'mixes')} % mix",
          lambda s: main(s, "dev2", "mixes") <= main(s, "dev2_free", "mixes") - 0.1],
-        ["RL for all scenarios, in few and small steps: of its answers that differ from dev3's 60 "
-         "% or more are better by gold reward, and the reward model says so within 5 points; chat "
-         "and each task are not right less often than the lower end of dev3's 95 % intervals; "
-         "more is declined, the intervals apart", recipe,
+        ["RL for all scenarios, in few and small steps: of its answers in chat that differ from "
+         "dev3's 60 % or more are better by gold reward, and the reward model says so within 5 "
+         "points; chat and each task are not right less often than the lower end of dev3's 95 % "
+         "intervals; more is declined, the intervals apart", recipe,
          lambda of: f"{after_dev3(of, 'r1')}; tasks {four(of, 'dev3')} → {four(of, 'r1')} %",
          lambda s: s["r1"]["win_rate"]["gold"] >= 0.6 and abs(happier(s, "r1")) < 0.05
          and all(s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
                  for task in ("chat", *data.REASONING))
          and s["r1"]["unsafe"]["pass@1_ci"][0] > s["dev3"]["unsafe"]["pass@1_ci"][1]],
-        ["more and larger steps, divided by the std, *exploit the reward model*: it overrates them "
-         "by 5 points or more, and at least 10 points less of chat is right (gold reward, which "
-         "counts friendly words as well, may still rise)", recipe,
+        ["more and larger steps, divided by the std, *exploit the reward model*: it overrates the "
+         "answers in chat by 5 points or more, and at least 5 points less of chat is right (gold "
+         "reward, which counts friendly words as well, may still rise)", recipe,
          lambda of: after_dev3(of, "r1_hacked") + more_gold(of, "r1_hacked"),
-         lambda s: happier(s, "r1_hacked") >= 0.05 and gained(s, "r1_hacked") <= -0.1],
+         lambda s: happier(s, "r1_hacked") >= 0.05 and gained(s, "r1_hacked") <= -0.05],
         ["distillation brings a model a quarter as large to within 10 points of r1 in each task",
          recipe, lambda of: f"small_base {four(of, 'small_base')} → distill "
          f"{four(of, 'distill')}; r1 {four(of, 'r1')} %",
