@@ -520,8 +520,8 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
      change("undivided", "length", whole),
      lambda run, t: as_long(run)
      and run["undivided"][t]["length"] >= 1.5 * run["base"][t]["length"]),
-    ("passk", "at least one of k = 1, 2, 4 samples is right more often in zero, tags demanded, "
-     "than in its base, tags left aside; the base is within a point of it from k =",
+    ("passk", "the best of 1, 2 and 4 samples is right more often in zero, tags demanded, than in "
+     "its base, tags left aside; with how many the base is within a point of it",
      meeting, lambda run, t: all(run["pass@k"][t]["zero"][k]
                                  > run["pass@k"][t]["base, tags left aside"][k] for k in "124")),
     ("budget", "thinking is used: closed by force after 8, 16, 32, ... tokens, more is right with "
