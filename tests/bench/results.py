@@ -125,10 +125,10 @@ def gather():
 
 
 def seen(where):
-    """What a person sees of a run: lines of zero's log, and one puzzle."""
+    """What a person sees of a run: lines of zero's log (controls come after it), and one puzzle."""
     with open(os.path.join(where, "log.txt"), encoding="utf-8") as f:
         lines = f.read().splitlines()
-    rows = {int(m[1]): line for line in lines if (m := re.match(r" +(\d+)/60 ", line))}
+    rows = {int(m[1]): line for line in reversed(lines) if (m := re.match(r" +(\d+)/60 ", line))}
     header = next(line for line in lines if re.match(" +step reward ", line))
     command = [sys.executable, *ASK.split()[1:], f"--ckpt={where}/zero/ckpt.pt"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
