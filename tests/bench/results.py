@@ -32,7 +32,7 @@ MORE_SEEDS = (4, 5)  # of zero, and of the recipe up to r1
 RUNS, OF_A_BASE = {}, {}  # name: the commands that make it; of a base that a run of RUNS made
 for seed in (*SEEDS, *MORE_SEEDS):
     n, end = "" if seed == 1 else seed, f"--seed={seed} --threads=1 --out_dir="
-    parts = ["zero", "r1"] + ["dev2_free r1_hacked distill", "small_zero"] * (seed in SEEDS)
+    parts = ["zero", "r1"] + ["dev2_free r1_hacked", "distill small_zero"] * (seed in SEEDS)
     RUNS[f"seed {seed}"] = [f"python train.py {end}out{seed}"]
     RUNS[f"all tasks, seed {seed}"] = [
         f"python train.py {stages} --task=all {end}out-all{n}" for stages in parts]
@@ -393,14 +393,12 @@ def claims(results):
          lambda of: f"{get(of, 'base', 'pass@1_untagged')} → "
          f"{get(of, 'zero', 'pass@1_untagged')} %",
          lambda s: main(s, "zero", "pass@1_untagged") >= 1.5 * main(s, "base", "pass@1_untagged")],
-        ["a cold start: a completion's share of words in the prompt's language is 90 % or more on "
-         "average in each task, in countdown and code 20 points more than in zero (arithmetic and "
-         "logic have few words that differ)", recipe,
+        ["a cold start: a completion's share of words in the prompt's language rises by 20 points "
+         "or more in countdown and code (arithmetic and logic have few words that differ)", recipe,
          lambda of: f"zero {four(of, 'zero', 'one_language')}, dev1 "
          f"{four(of, 'dev1', 'one_language')} %",
-         lambda s: all(s["dev1"][task]["one_language"] >= 0.9 for task in data.REASONING)
-         and all(s["dev1"][task]["one_language"] >= s["zero"][task]["one_language"] + 0.2
-                 for task in ("countdown", "code"))],
+         lambda s: all(s["dev1"][task]["one_language"] >= s["zero"][task]["one_language"] + 0.2
+                       for task in ("countdown", "code"))],
         ["the language reward: of completions in countdown at least 10 points fewer mix languages "
          "than after the same RL without it", recipe,
          lambda of: f"dev1 {get(of, 'dev1', 'mixes')}, dev2_free {get(of, 'dev2_free', 'mixes')}, "
