@@ -213,7 +213,7 @@ def blocks(results):
         head, *rows = results["earlier"][name]["rows"]
         out[name] = table(head, rows)
     out["smollm2"] = f"```\n{results['earlier']['smollm2']['text']}\n```"
-    commands = [f"{command}   # {made['minutes']:.0f} minutes" for run in runs.values()
+    commands = [f"{command}   # {made['minutes']:.1f} minutes" for run in runs.values()
                 for command, made in run["made"].items()]
     return out | {"commands": "```\n" + "\n".join(commands) + "\n```"}
 
