@@ -211,7 +211,8 @@ def fraction(found):
 
 
 SIGNS = [  # pairs of what is written and what it means, in the order in which they are replaced
-    ("[¼½¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("⁄", "/")),
+    ("[¼½¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0])),
+    ("\u2044", "/"),  # the fraction slash that NFKC leaves
     ("~", " "), (r"(?<=[0-9])\\,(?=[0-9]{3})", ""), (">=|≥", r"\\ge "), ("<=|≤", r"\\le "),
     (r"\\begin\{[bp]matrix\}", "[["), (r"\\end\{[bp]matrix\}", "]]"), (r"\\\\", "],["), ("&", ","),
     ("[−–]", "-"), ("π", r"\\pi"), (r"\\?sqrt ?|√", r"\\sqrt"), (r"\+?\\infty", r"\\infty"),

@@ -349,9 +349,9 @@ def evaluate_tasks(model, tok, cfg, folder):
 
 
 def win_rates(samples, tok, out_dir):
-    """Of the answers in chat that differ from dev3's, and their share is `differ`: how many are
-    better, ties counting half, by gold reward, and by the reward model, which was fooled if it says
-    much more. {} if one of them is missing."""
+    """How many of the answers in chat that differ from dev3's (`differ` is their share) are better,
+    ties counting half: by gold reward, and by the reward model, which was exploited if it says much
+    more. {} if dev3 or the reward model is missing."""
     dev3 = os.path.join(out_dir, "dev3", "samples.jsonl")
     path = os.path.join(out_dir, "reward_model", "ckpt.pt")
     if not (os.path.exists(dev3) and os.path.exists(path)):

@@ -135,8 +135,7 @@ def impatient(rng, task="countdown"):
 
 def unread(args, given, path):
     """distill and small_zero once more, of a small base that has read no patient author: what RL
-    cannot find there, the traces of the run's r1 still show. -> {stage: {task: its results}}, and
-    the seconds that each stage trained."""
+    cannot find there, the traces of the run's r1 still show. -> {stage: {task: its results}}"""
     settings = {**{key: told(given)[key] for key in ("task", "seed")}, **given}
     folder = settings["out_dir"] = os.path.join(given["out_dir"], "evidence", "unread")
     for stage in train.resolve_dependencies(["r1"]):
@@ -146,12 +145,10 @@ def unread(args, given, path):
     with patch.object(data, "draw_habits", impatient):
         train.run_command_line(["small_base"], settings)
     train.run_command_line(["distill", "small_zero"], settings)
-    found = {"tasks": tasks_of(settings), "seed": settings["seed"], "seconds": {}}
-    for stage in ("small_base", "distill", "small_zero"):
-        found[stage] = results_of(os.path.join(folder, stage), found["tasks"])
-        ckpt = load_checkpoint(os.path.join(folder, stage, "ckpt.pt"))
-        found["seconds"][stage] = ckpt["seconds"]
-    return found
+    tasks = tasks_of(settings)
+    return {"tasks": tasks, "seed": settings["seed"],
+            **{stage: results_of(os.path.join(folder, stage), tasks)
+               for stage in ("small_base", "distill", "small_zero")}}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -305,10 +305,8 @@ def claims(results):
     each of them. The check of a row is as strong as the row's words."""
     toy, recipe, three, emoji = (named(results["runs"], kind)
                                  for kind in ("seed", "all tasks", "three tasks", "emoji"))
-    emoji = {name: stages for name, stages in emoji.items() if name.split(", ")[1] in toy}
-    for name in emoji:
-        usual = toy[name.split(", ")[1]]
-        emoji[name] = {**emoji[name], "zero": usual["zero"], "zero's base": usual["base"]}
+    emoji = {name: {**stages, "zero": toy[seed]["zero"], "zero's base": toy[seed]["base"]}
+             for name, stages in emoji.items() if (seed := name.split(", ")[1]) in toy}
 
     def get(of, stage, key="pass@1", task="countdown", show=pct):
         return by_seed([stages[stage][task][key] for stages in of.values()], show)
