@@ -6,8 +6,9 @@
     python tests/bench/evidence.py budget --out_dir=out1    # thinking cut short; majority votes
     python tests/bench/evidence.py steps --out_dir=out1     # accuracy and length over the RL steps
     python tests/bench/evidence.py unread --out_dir=out-all # a small base without patient authors
-    python tests/bench/evidence.py draw out1 out2 out3 --to=assets   # a picture of several runs
-    python tests/bench/evidence.py rows out1 out2 out3      # rows for the table of claims
+    python tests/bench/evidence.py draw --to=assets         # pictures of all of assets/results.json
+    python tests/bench/evidence.py draw out1 out2 --to=.    # ... or of these runs
+    python tests/bench/evidence.py rows out1 out2           # rows for the table of claims
 
 Each writes OUT_DIR/evidence/COMMAND.json, and a picture beside it if matplotlib is installed. All
 flags of train.py are understood; what is not given is as in the run's zero.
@@ -24,7 +25,7 @@ from unittest.mock import patch
 from tqdm import tqdm
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
-from results import commit, evidence_rows, table  # noqa: E402
+from results import FILE, commit, evidence_rows, table  # noqa: E402
 
 import data  # noqa: E402
 import rewards  # noqa: E402
@@ -328,7 +329,9 @@ COMMANDS = {"shuffle": partial(run_controls, ["shuffled"]),
 
 
 def read_runs(folders):
-    """[{command: its JSON}] of out_dirs."""
+    """[{command: its JSON}] of out_dirs; without any, of what results.py has gathered."""
+    if not folders:
+        return list(read_json(FILE)["evidence"].values())
     paths = [{name: os.path.join(folder, "evidence", f"{name}.json") for name in COMMANDS}
              for folder in folders]
     return [{name: read_json(path) for name, path in run.items() if os.path.exists(path)}
@@ -351,9 +354,9 @@ def main(argv):
     with any_terminal(), sample.one_line_errors("evidence.py", given["out_dir"]):
         validate(args)
         if command == "rows":
-            return print_rows(read_runs(folders or [given["out_dir"]]))
+            return print_rows(read_runs(folders))
         if command == "draw":
-            runs = read_runs(folders or [given["out_dir"]])
+            runs = read_runs(folders)
             for name in PICTURES:
                 if found := [run[name] for run in runs if name in run]:
                     draw(name, found, os.path.join(args.to or "assets", f"{name}.png"))

@@ -4,7 +4,7 @@ compares them.
 
     python tests/bench/results.py --run       # hours: everything, in out1, out2, ...; resumes
     python tests/bench/results.py --run --jobs=1 --only="seed 1;controls, seed 1"
-    python tests/bench/results.py             # then: gather, and write the tables
+    python tests/bench/results.py             # then: gather what lies here, write the tables
     python tests/bench/results.py --write     # write the tables from assets/results.json as it is
 """
 import argparse
@@ -23,43 +23,45 @@ import data  # noqa: E402
 import rewards  # noqa: E402
 
 FILE = os.path.join(ROOT, "assets", "results.json")
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2, 3, 4, 5)  # of zero, and of the recipe up to r1
+ABLATED, SMALL = (1, 2, 3), (1, 4, 5)  # three for everything else, so that each seed has its part
 ASK = "python sample.py --numbers=3,7,2 --target=20 --n=1"
 STAGES = ("base", "zero", "zero_emoji", "dev1", "dev2", "dev2_free", "dev3", "r1", "r1_hacked",
           "small_base", "small_zero", "distill")
 SHOWN_STEPS = (1, 5, 10, 20, 60)
-MORE_SEEDS = (4, 5)  # of zero, and of the recipe up to r1
-RUNS, OF_A_BASE = {}, {}  # name: the commands that make it; of a base that a run of RUNS made
-for seed in (*SEEDS, *MORE_SEEDS):
+RUNS, OF_A_BASE, CONTROLS = {}, {}, {}  # name: the commands that make it; of what RUNS made
+for seed in SEEDS:
     n, end = "" if seed == 1 else seed, f"--seed={seed} --threads=1 --out_dir="
-    parts = ["zero", "r1"] + ["dev2_free r1_hacked", "distill small_zero"] * (seed in SEEDS)
     RUNS[f"seed {seed}"] = [f"python train.py {end}out{seed}"]
+    parts = ["zero", "r1"] + ["dev2_free r1_hacked"] * (seed in ABLATED)
+    parts += ["distill small_zero"] * (seed in SMALL)
     RUNS[f"all tasks, seed {seed}"] = [
         f"python train.py {stages} --task=all {end}out-all{n}" for stages in parts]
-    if seed in MORE_SEEDS:
-        continue
+for seed in SMALL:
+    n, end = "" if seed == 1 else seed, f"--seed={seed} --threads=1 --out_dir="
     OF_A_BASE[f"three tasks, seed {seed}"] = [  # RL on them; countdown is evaluated as well
         f"python train.py zero --task=all --mix=arithmetic,logic,code "
         f"--base=out-all{n}/base/ckpt.pt {end}out-three{n}"]
+    CONTROLS[f"unread, seed {seed}"] = [
+        f"python tests/bench/evidence.py unread --threads=1 --out_dir=out-all{n}"]
+    CONTROLS[f"steps, seed {seed}"] = [
+        f"python tests/bench/evidence.py steps --problems=100 --threads=1 --out_dir=out{seed}"]
+for seed in ABLATED:
+    n, end = "" if seed == 1 else seed, f"--seed={seed} --threads=1 --out_dir="
     OF_A_BASE[f"emoji, seed {seed}"] = [
         f"python train.py zero_emoji --base=out{seed}/base/ckpt.pt --eval_every=0 {end}"
         f"out-emoji{n}"]
-RUNS |= OF_A_BASE
-CONTROLS = {  # in the folder of a seed
-    f"controls, seed {seed}": [
+    CONTROLS[f"controls, seed {seed}"] = [
         f"python tests/bench/evidence.py {control} --threads=1 --out_dir=out{seed}" for control in (
-            "shuffle", "alone", "passk --problems=100 --samples=128", "budget --problems=100",
-            "steps --problems=100")] for seed in SEEDS}
-CONTROLS |= {f"unread, seed {seed}": [f"python tests/bench/evidence.py unread --threads=1 "
-                                      f"--out_dir=out-all{'' if seed == 1 else seed}"]
-             for seed in SEEDS}
+            "shuffle", "alone", "passk --problems=100 --samples=128", "budget --problems=100")]
+RUNS |= OF_A_BASE
 ALL_COMMANDS = RUNS | CONTROLS
 FROM_A_BASE = (*OF_A_BASE, *CONTROLS)
-FOLDERS = " ".join(f"out{seed}" for seed in SEEDS)
+FOLDERS = " ".join(f"out{seed}" for seed in ABLATED)
 PICTURES = [f"python tests/bench/curves.py {FOLDERS} --to=assets/zero.png",  # want matplotlib
             "python tests/bench/curves.py out-all --to=assets/all.png",
             "python tests/bench/pipeline.py --to=assets/pipeline.png",
-            f"python tests/bench/evidence.py draw {FOLDERS} --to=assets"]
+            "python tests/bench/evidence.py draw --to=assets"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -94,14 +96,18 @@ def carry_out(name):
             json.dump(made, f)
 
 
-def gather():
-    """What the runs wrote, as far as they were made: {"about", "seen", "runs": {name: {"made",
-    "stages": {stage: eval.json}}}, "evidence"}, and what was measured earlier as it is."""
+def gather(known):
+    """`known`, what results.json holds, with what the runs wrote that lie here in place of what is
+    known of them: {"about", "seen", "runs": {name: {"made", "stages": {stage: eval.json}}},
+    "evidence": {name: {control: its JSON}}, "earlier": what other commands have measured}."""
     import torch
-    runs = {}
+    runs, evidence = {}, {}
+    here = [name for name in RUNS if os.path.exists(os.path.join(folder(name), "made.json"))]
     for name in RUNS:
         where, stages = folder(name), {}
-        if not os.path.exists(os.path.join(where, "made.json")):
+        if name not in here:
+            if name in known["runs"]:
+                runs[name], evidence[name] = known["runs"][name], known["evidence"][name]
             continue
         for stage in sorted(os.listdir(where)):
             path = os.path.join(where, stage, "eval.json")
@@ -112,14 +118,13 @@ def gather():
                     stages[stage]["countdown"] |= round_all(in_samples(where, stage))
         made = round_all(read(os.path.join(where, "made.json")))
         runs[name] = {"made": made, "stages": stages}
-    evidence = {}
-    for name in [name for name in RUNS if name in runs]:
-        path = os.path.join(folder(name), "evidence")
+        path = os.path.join(where, "evidence")
         found = [file for file in sorted(os.listdir(path)) if file.endswith(".json")] \
             if os.path.exists(path) else []
         evidence[name] = {file[:-5]: round_all(read(os.path.join(path, file))) for file in found}
-    return {"earlier": read(FILE)["earlier"], "seen": seen(folder(next(iter(runs)))), "runs": runs,
-            "evidence": evidence,
+    first = next(iter(RUNS))
+    return {"earlier": known["earlier"], "runs": runs, "evidence": evidence,
+            "seen": seen(folder(first)) if first in here else known["seen"],
             "about": {"cpu": cpu_name(), "torch": torch.__version__,
                       "python": platform.python_version()}}
 
@@ -204,7 +209,11 @@ def by_seed(values, show=pct):
 def blocks(results):
     """{name of a block in README.md or assets/results.md: its Markdown}."""
     runs = results["runs"]
-    out = {"hardware": made_on(results), "claims": claims(results),
+    head, *rows = claims(results)
+    out = {"hardware": made_on(results), "claims": table(head, rows),
+           "verdicts": table(["claim", "runs", "holds in each"],
+                             [[claim, of, holds] for claim, of, _, holds in rows]),
+           "stages": stages_table(named(runs, "all tasks").values()),
            "now": now_table(named(runs, "seed")),
            "distillation": distillation_table(named(runs, "all tasks").values()),
            "recipe": recipe_table(named(runs, "all tasks").values())}
@@ -243,6 +252,25 @@ def made_on(results):
                      for commit, kinds in by_commit.items())
     return (f"an {about['cpu']}, one thread per run, torch {about['torch']}, fp32, commits "
             f"{said}")
+
+
+def stages_table(runs):
+    """Of each stage of the recipe the least and the greatest figure of the seeds."""
+    columns = [(task, task, "pass@1") for task in data.REASONING]
+    columns += [("mix languages", "countdown", "mixes"), ("chat right", "chat", "pass@1"),
+                ("unsafe declined", "unsafe", "pass@1")]
+    rows = []
+    for stage in STAGES:
+        found = [stages[stage] for stages in runs if stage in stages]
+        if found:
+            cells = [span([of[task][key] for of in found]) for _, task, key in columns]
+            rows.append([f"`{stage}`", str(len(found)), *cells])
+    return table(["%", "seeds", *[heading for heading, *_ in columns]], rows)
+
+
+def span(xs):
+    """The least and the greatest of shares, in per cent; one figure where these are the same."""
+    return "–".join(dict.fromkeys(f"{100 * x:.1f}" for x in (min(xs), max(xs))))
 
 
 def recipe_table(runs):
@@ -301,8 +329,8 @@ def now_table(runs):
 
 
 def claims(results):
-    """What the paper says, what is measured here, on which runs, and whether the check holds for
-    each of them. The check of a row is as strong as the row's words."""
+    """Rows, the heading first: what the paper says, on which runs, what is measured there, and
+    whether the check holds for each of them. A row's check is as strong as its words."""
     toy, recipe, three, emoji = (named(results["runs"], kind)
                                  for kind in ("seed", "all tasks", "three tasks", "emoji"))
     emoji = {name: {**stages, "zero": toy[seed]["zero"], "zero's base": toy[seed]["base"]}
@@ -312,9 +340,8 @@ def claims(results):
         return by_seed([stages[stage][task][key] for stages in of.values()], show)
 
     def four(of, stage, key="pass@1"):  # of each task the least and the greatest figure
-        found = [[stages[stage][task][key] for stages in of.values()] for task in data.REASONING]
-        return " / ".join("–".join(dict.fromkeys(f"{100 * x:.1f}" for x in (min(xs), max(xs))))
-                          for xs in found)
+        return " / ".join(span([stages[stage][task][key] for stages in of.values()])
+                          for task in data.REASONING)
 
     def gains(stages, task):
         base, zero = stages["base"][task], stages["zero"][task]
@@ -442,7 +469,7 @@ def claims(results):
     for claim, command, *others in evidence_rows(list(evidence.values())):
         names = [name for name in evidence if command.strip("`") in evidence[name]]
         shown.append([claim, f"{with_seeds(names)}, {command}", *others])
-    return table(head, shown)
+    return [head, *shown]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -597,7 +624,7 @@ def main():
             subprocess.run([sys.executable, *command.split()[1:]], cwd=ROOT, check=True)
         return
     if not args.write:
-        found = gather()
+        found = gather(read(FILE))
         with open(FILE, "w", encoding="utf-8") as f:
             json.dump(found, f, indent=1, ensure_ascii=False)
     write(read(FILE))
