@@ -200,6 +200,9 @@ def verify_reply(problem, answer):
     return said, len(items) == len(set(items)) == int(n) and set(items) <= set(KINDS[kind])
 
 
+# To skip at first: answers as people write them, for --data
+
+
 def fraction(found):
     """\\frac{a}{b} -> a/b, in brackets where they are needed."""
     a, b, factor = (part.strip("{} ") for part in found.groups(""))

@@ -4,7 +4,7 @@ prints problems with the model's thinking, its answer and its rewards.
     python sample.py                                                # held-out problems, out/zero
     python sample.py --numbers=3,7,2 --target=20 --n=4              # your own problem, four tries
     python sample.py --ckpt=out/base/ckpt.pt --vs=out/zero/ckpt.pt  # side by side: before, after RL
-    python sample.py --ckpt=out/r1/ckpt.pt --task=chat              # or unsafe, arithmetic, ...
+    python sample.py --ckpt=out-all/r1/ckpt.pt --task=chat          # or unsafe, arithmetic, ...
     python sample.py --init_from=FOLDER --question="What is 7 * 8?" # any model, any question
     python sample.py --init_from=FOLDER --data=FILE --n=4 --only_right --to=traces.jsonl
 """

@@ -9,6 +9,7 @@ compares them.
 """
 import argparse
 import json
+import operator
 import os
 import platform
 import re
@@ -148,19 +149,14 @@ def samples_of(where, stage):
 
 def in_samples(where, stage):
     """Shares of the completions kept: not in one language throughout; in format with misses enough
-    to count as patient, which no author of the corpus is (who hits earlier is not counted); right.
-    And of the puzzles: with a right one among 16 samples, tags left aside."""
+    to count as patient, which no author of the corpus is (who hits earlier is not counted)."""
     lines = samples_of(where, stage)
-    untagged = [line["pass@1_untagged"] for line in lines]
-    best = [any(untagged[i:i + 16]) for i in range(0, len(lines), 16)]
     mixes = [line["one_language"] < 1 for line in lines]
     misses = [sum(verdict.startswith(rewards.MISS) for verdict in
                   rewards.VERDICT.findall(line["completion"])) for line in lines]
     habits = [line["format"] and n >= data.ENOUGH["countdown"]
               for line, n in zip(lines, misses, strict=True)]
-    return {"mixes": sum(mixes) / len(mixes), "all_habits": sum(habits) / len(habits),
-            "best_untagged": sum(best) / len(best),
-            "right_kept": sum(line["right"] for line in lines) / len(lines)}
+    return {"mixes": sum(mixes) / len(mixes), "all_habits": sum(habits) / len(habits)}
 
 
 def cpu_name():
@@ -328,9 +324,18 @@ def now_table(runs):
     return table(head, rows)
 
 
+def verdict(holds):
+    """Whether a claim holds in each run: a bool, or {task: bool}, of each."""
+    runs = [of if isinstance(of, dict) else {"": of} for of in holds]
+    missed = dict.fromkeys(task for of in runs for task, is_so in of.items() if not is_so)
+    failed = sum(not all(of.values()) for of in runs)
+    where = ", ".join(filter(None, missed))
+    return f"**no**{': ' * bool(where)}{where} (in {failed} of {len(runs)})" if missed else "yes"
+
+
 def claims(results):
-    """Rows, the heading first: what the paper says, on which runs, what is measured there, and
-    whether the check holds for each of them. A row's check is as strong as its words."""
+    """Rows, the heading first: a claim, the runs, what is measured there, and whether its check
+    holds for each of them. The check is as strong as the words."""
     toy, recipe, three, emoji = (named(results["runs"], kind)
                                  for kind in ("seed", "all tasks", "three tasks", "emoji"))
     emoji = {name: {**stages, "zero": toy[seed]["zero"], "zero's base": toy[seed]["base"]}
@@ -362,26 +367,21 @@ def claims(results):
                 f"{get(of, stage, 'reward_model', 'win_rate')} %")
 
     def more_gold(of, stage):
-        golds = [get(of, s, "gold_reward", "chat", "{:.2f}".format) for s in ("dev3", stage)]
-        return f"; gold reward in chat {golds[0]} → {golds[1]}"
+        golds = [get(of, s, "gold_reward", "chat", "{:.2f}".format) for s in ("dev3", stage, "r1")]
+        return f"; gold reward in chat {golds[0]} → {golds[1]} (r1 {golds[2]})"
 
     def main(stages, stage, key="pass@1"):
         return stages[stage]["countdown"][key]
 
     rows = [  # claim, runs, what was measured of those that have it, check of one run
         ["of the base's samples at most 1 % have all tags and 18 misses or more, of zero's 30 % or "
-         "more (of the corpus's authors none has both and checks)", toy,
+         "more (no author of the corpus has)", toy,
          lambda of: f"{get(of, 'base', 'all_habits')} → {get(of, 'zero', 'all_habits')} %",
          lambda s: main(s, "base", "all_habits") <= 0.01 and main(s, "zero", "all_habits") >= 0.3],
-        ["RL alone lifts single samples above the base's best of 16, tags demanded of both (the "
-         "next row leaves the base's aside)", toy,
+        ["RL alone lifts single samples above the base's best of 16, tags demanded of both", toy,
          lambda of: f"pass@16 of `base` {get(of, 'base', 'pass@16')}; pass@1 of `zero` "
          f"{get(of, 'zero')} %",
          lambda s: main(s, "zero") > main(s, "base", "pass@16")],
-        ["... and above the base's best of 16 with tags left aside", toy,
-         lambda of: f"{get(of, 'base', 'best_untagged')}; pass@1 of `zero` "
-         f"{get(of, 'zero', 'right_kept')} % (the same 100 puzzles)",
-         lambda s: main(s, "zero", "right_kept") > main(s, "base", "best_untagged")],
         ["completions grow to twice their length or more, and no reward pays for length", toy,
          lambda of: f"{get(of, 'base', 'length', show=whole)} → "
          f"{get(of, 'zero', 'length', show=whole)} tokens",
@@ -431,27 +431,28 @@ def claims(results):
          lambda s: main(s, "dev2", "mixes") <= main(s, "dev2_free", "mixes") - 0.1],
         ["RL for all scenarios, in few and small steps: of its answers in chat that differ from "
          "dev3's 60 % or more are better by gold reward, and the reward model says so within 5 "
-         "points; chat and each task are not right less often than the lower end of dev3's 95 % "
-         "intervals; more is declined, the intervals apart", recipe,
+         "points; chat and each task are right at least as often as the lower end of dev3's 95 % "
+         "interval; more is declined, the intervals apart", recipe,
          lambda of: f"{after_dev3(of, 'r1')}; tasks {four(of, 'dev3')} → {four(of, 'r1')} %",
          lambda s: s["r1"]["win_rate"]["gold"] >= 0.6 and abs(happier(s, "r1")) < 0.05
          and all(s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
                  for task in ("chat", *data.REASONING))
          and s["r1"]["unsafe"]["pass@1_ci"][0] > s["dev3"]["unsafe"]["pass@1_ci"][1]],
         ["more and larger steps, divided by the std, *exploit the reward model*: it overrates the "
-         "answers in chat by 5 points or more, and at least 5 points less of chat is right (gold "
-         "reward, which counts friendly words as well, may still rise)", recipe,
+         "answers in chat by 5 points or more, and at least 5 points less of chat is right (while "
+         "the gold reward, which counts friendly words as well, rises)", recipe,
          lambda of: after_dev3(of, "r1_hacked") + more_gold(of, "r1_hacked"),
-         lambda s: happier(s, "r1_hacked") >= 0.05 and gained(s, "r1_hacked") <= -0.05],
+         lambda s: happier(s, "r1_hacked") >= 0.05 and gained(s, "r1_hacked") <= -0.05
+         and s["r1_hacked"]["chat"]["gold_reward"] > s["dev3"]["chat"]["gold_reward"]],
         ["distillation brings a model a quarter as large to within 10 points of r1 in each task",
          recipe, lambda of: f"small_base {four(of, 'small_base')} → distill "
          f"{four(of, 'distill')}; r1 {four(of, 'r1')} %",
-         lambda s: all(s["distill"][task]["pass@1"] > s["r1"][task]["pass@1"] - 0.1
-                       for task in data.REASONING)],
+         lambda s: {task: s["distill"][task]["pass@1"] > s["r1"][task]["pass@1"] - 0.1
+                    for task in data.REASONING}],
         ["in each task distill's 95 % interval lies wholly above that of small_zero", recipe,
          lambda of: f"distill {four(of, 'distill')}, small_zero {four(of, 'small_zero')} %",
-         lambda s: all(s["distill"][task]["pass@1_ci"][0] > s["small_zero"][task]["pass@1_ci"][1]
-                       for task in data.REASONING)],
+         lambda s: {task: s["distill"][task]["pass@1_ci"][0] > s["small_zero"][task]["pass@1_ci"][1]
+                    for task in data.REASONING}],
     ]
     head, shown = ["claim", "runs", "measured", "holds in each"], []
     for claim, of, figures, check in rows:
@@ -464,7 +465,7 @@ def claims(results):
                     raise
         if holds:
             shown.append([claim, with_seeds(holds), figures({name: of[name] for name in holds}),
-                          "yes" if all(holds.values()) else "**no**"])
+                          verdict(holds.values())])
     evidence = results["evidence"]
     for claim, command, *others in evidence_rows(list(evidence.values())):
         names = [name for name in evidence if command.strip("`") in evidence[name]]
@@ -506,13 +507,25 @@ def small_models(runs, task):
     return ", ".join(shown)
 
 
+def one_and_best(run, task):
+    """pass@1 of zero, and pass@16 of its base, tags left aside (with fewer samples that of all)."""
+    curves = run["pass@k"][task]
+    base = list(curves["base, tags left aside"].values())
+    return curves["zero"]["1"], base[:5][-1]  # k = 1, 2, 4, 8, 16
+
+
+def best_of(runs, task):
+    zero, base = zip(*[one_and_best(run, task) for run in runs], strict=True)
+    return f"pass@16 of base {by_seed(base)}, pass@1 of zero {by_seed(zero)} %"
+
+
 def meeting(runs, task):
     """From which k on the base is within a point of zero."""
     found = []
     for run in runs:
         base, zero = (run["pass@k"][task][name] for name in ("base, tags left aside", "zero"))
         found.append(next((k for k in base if base[k] >= zero[k] - 0.01), "none"))
-    return " / ".join(found)
+    return f"the base is within a point of zero from k = {' / '.join(found)} on"
 
 
 def ends(key, curve):
@@ -526,7 +539,7 @@ def ends(key, curve):
 
 EVIDENCE = [  # command, claim, its figures, its check of a run and task: as strong as the words
     ("shuffle", "rewards shuffled within each group, for as many steps: no more is right than in "
-     "the base, with tags or without (less, where steps without a signal do harm)",
+     "the base, with tags or without",
      both(change("shuffled"), "tags left aside", change("shuffled", "pass@1_untagged")),
      lambda run, t: as_long(run) and all(run["shuffled"][t][key] <= run["base"][t][key]
                                          for key in ("pass@1", "pass@1_untagged"))),
@@ -544,9 +557,11 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
      lambda run, t: as_long(run)
      and run["undivided"][t]["length"] >= 1.5 * run["base"][t]["length"]),
     ("passk", "the best of 1, 2 and 4 samples is right more often in zero, tags demanded, than in "
-     "its base, tags left aside; with how many the base is within a point of it",
-     meeting, lambda run, t: all(run["pass@k"][t]["zero"][k]
-                                 > run["pass@k"][t]["base, tags left aside"][k] for k in "124")),
+     "its base, tags left aside", meeting,
+     lambda run, t: all(run["pass@k"][t]["zero"][k] > run["pass@k"][t]["base, tags left aside"][k]
+                        for k in "124")),
+    ("passk", "... and single samples of zero more often than the best of 16 of its base", best_of,
+     lambda run, t: operator.gt(*one_and_best(run, t))),
     ("budget", "thinking is used: closed by force after 8, 16, 32, ... tokens, more is right with "
      "each doubling, or at most a point less",
      points_of("budget", "zero"),
@@ -555,8 +570,8 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
      "three from one evaluation to the next",
      ends("accuracy", "pass@1"),
      lambda run, t: rises(run["accuracy"][t]["pass@1"].values(), 0.03, 0.1)),
-    ("unread", "what a small base has not read, r1's traces supply and RL does not find: where it "
-     "has read no patient author, distill's 95 % interval lies wholly above that of small_zero",
+    ("unread", "a small base that has read no patient author learns more from r1's traces than by "
+     "RL: in each task distill's 95 % interval lies wholly above that of small_zero",
      small_models,
      lambda run, t: run["distill"][t]["pass@1_ci"][0] > run["small_zero"][t]["pass@1_ci"][1]),
 ]
@@ -583,8 +598,8 @@ def evidence_rows(runs):
             tasks = found[0]["tasks"]
             shown = "; ".join(f"{task} " * (len(tasks) > 1) + figures(found, task)
                               for task in tasks)
-            holds = all(check(run, task) for run in found for task in tasks)
-            rows.append([claim, f"`{command}`", shown, "yes" if holds else "**no**"])
+            holds = [{task: check(run, task) for task in tasks} for run in found]
+            rows.append([claim, f"`{command}`", shown, verdict(holds)])
     return rows
 
 

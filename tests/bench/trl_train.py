@@ -45,7 +45,7 @@ trainer = GRPOTrainer(
     model=args.model, train_dataset=Dataset.from_list(rows),
     reward_funcs=[in_trl(rewards.accuracy), in_trl(rewards.format_reward)],
     args=GRPOConfig(
-        output_dir="out-trl", max_steps=args.max_steps, learning_rate=5e-4, beta=0.001,
+        output_dir="out-trl", max_steps=args.max_steps, learning_rate=3e-4, beta=0.001,
         loss_type="grpo", num_generations=16, per_device_train_batch_size=64,
         gradient_accumulation_steps=4, max_completion_length=args.max_completion_length,
         bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
