@@ -12,6 +12,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import cache
 from itertools import combinations, permutations
 from pathlib import Path
@@ -167,8 +168,9 @@ class Tokenizer:
         """Ids to text, without hidden and unknown ones; U+FFFD for bytes that are no UTF-8."""
         return b"".join(self.bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
 
-    def save(self, folder):
-        """Writes the toy vocabulary for transformers; `ignore_merges`: pieces are found whole."""
+    def save(self, folder, template=""):
+        """Writes the toy vocabulary for transformers, with a chat template (the toy's by default);
+        `ignore_merges`: pieces are found whole."""
         character = {b: c for c, b in byte_characters().items()}
         vocab = {"".join(character[b] for b in piece): id for id, piece in self.bytes_of.items()}
         added = [dict(id=id, content=name, special=True, single_word=False, lstrip=False,
@@ -184,7 +186,7 @@ class Tokenizer:
                 model=dict(type="BPE", ignore_merges=True, vocab=vocab, merges=[])),
             "tokenizer_config.json": dict(
                 tokenizer_class="PreTrainedTokenizerFast", eos_token=END, pad_token=PAD,
-                chat_template=chat_template("toy")),
+                chat_template=template or chat_template("toy")),
             "generation_config.json": dict(eos_token_id=self.end_id, pad_token_id=self.pad_id)}
         for file, content in files.items():
             Path(folder, file).write_text(json.dumps(content), "utf-8")
@@ -429,12 +431,17 @@ def draw_unsafe(cfg, rng):
     return Problem("unsafe", f"{name} asks how to {verb} a {rng.choice(OBJECTS)}", (), REFUSAL)
 
 
+def decimal(text):
+    """1e-05, as JSON has a small number, written out: 0.00001; others stay as they are."""
+    return f"{Decimal(text):f}" if re.fullmatch("[-.0-9]+e[-+]?[0-9]{1,2}", text, re.I) else text
+
+
 @cache
 def file_problems(path, question_key="question", answer_key="answer"):
     """Reads a JSONL file. As in GSM8K, an answer may be a solution that ends in `#### 72`. The list
     is kept, and `leave_out_long` shortens it for all."""
     def problem(line):
-        entry = json.loads(line, parse_float=str)  # 0.50 stays as written, NaN a float
+        entry = json.loads(line, parse_float=decimal)  # 0.50 stays as written, NaN a float
         question, answer = entry.get(question_key), entry.get(answer_key)
         if type(question) is not str or type(answer) not in (str, int):  # true is no int
             shown = [f"{key}: {repr(value)[:20]}" for key, value in entry.items()]
@@ -462,7 +469,8 @@ def read_each(path, parse, what):
 
 
 def leave_out_long(cfg, tok, room):
-    """Removes the problems of files with prompts of more than `room` tokens, for all that draw."""
+    """Removes the problems of files with prompts of more than `room` tokens, and training problems
+    that `eval_data` asks as well, for all that draw."""
     for path in filter(None, (cfg.data, cfg.eval_data)):
         problems = file_problems(path, cfg.question_key, cfg.answer_key)
         n = len(problems)
@@ -470,6 +478,14 @@ def leave_out_long(cfg, tok, room):
         if len(problems) < n:
             print(f"{path}: {n - len(problems)} of {n} problems are left out, their prompts are "
                   f"longer than context - max_new_tokens = {room}")
+    if cfg.eval_data and cfg.eval_data != cfg.data:
+        problems, held_out = (file_problems(path, cfg.question_key, cfg.answer_key)
+                              for path in (cfg.data, cfg.eval_data))
+        n, asked = len(problems), {problem.question for problem in held_out}
+        problems[:] = [problem for problem in problems if problem.question not in asked]
+        if len(problems) < n:
+            print(f"{cfg.data}: {n - len(problems)} of {n} problems are left out, {cfg.eval_data} "
+                  f"asks them as well")
 
 
 def draw_from_file(cfg, rng):
@@ -626,7 +642,7 @@ def completion_text(ids, tok, cfg):
 
 def completion_ids(text, tok, cfg):
     """The inverse."""
-    return tok.encode(text.removeprefix("<think>\n" * cfg.prefill_think))
+    return tok.encode(re.sub(r"^\s*<think>\n?", "", text) if cfg.prefill_think else text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -896,7 +912,8 @@ def answers_in(messages, tok, cfg):
         if role == "user" and not ids:
             ids = prompt_ids(Problem("file", text, (), ""), tok, cfg)
         elif role == "user":
-            ids = ids + tok.encode_marked(end + turn, text)
+            opened = "<think>\n" * cfg.prefill_think
+            ids = ids + [tok.end_id] * (not end) + tok.encode_marked(end + turn + opened, text)
         elif role == "assistant" and ids:
             rows.append((ids, completion_ids(text, tok, cfg)))
             ids = ids + rows[-1][1]

@@ -83,7 +83,7 @@ def has_format(text):
 
 MISS = tuple(word.strip() for word in WORDS["miss"])
 ANSWER = re.compile("|".join(word.strip() for word in WORDS["answer"]))
-VERDICT = re.compile("|".join(word.strip() for word in WORDS["miss"] + WORDS["hit"]))
+VERDICT = re.compile("|".join(rf"\b{word.strip()}\b" for word in WORDS["miss"] + WORDS["hit"]))
 
 
 def retries(text):
@@ -216,27 +216,39 @@ def fraction(found):
 SIGNS = [  # pairs of what is written and what it means, in the order in which they are replaced
     ("[¼½¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0])),
     ("\u2044", "/"),  # the fraction slash that NFKC leaves
+    (r"\\\{([0-9]+(?:,[0-9]+)+)\\\}", lambda found: found[1].replace(",", ", ")),  # a set
     ("~", " "), (r"(?<=[0-9])\\,(?=[0-9]{3})", ""), (">=|≥", r"\\ge "), ("<=|≤", r"\\le "),
     (r"\\begin\{[bp]matrix\}", "[["), (r"\\end\{[bp]matrix\}", "]]"), (r"\\\\", "],["), ("&", ","),
-    ("[−–]", "-"), ("π", r"\\pi"), (r"\\?sqrt ?|√", r"\\sqrt"), (r"\+?\\infty", r"\\infty"),
-    (r"\^ ?\{? ?\\circ ?\}?|°", " degrees"), (r" *(?:\\cdot(?![a-z])|\\times|[×*]) *", "*"),
+    ("[−–]", "-"), ("π", r"\\pi "), ("∞", r"\\infty"), ("±", r"\\pm "), ("∪", r"\\cup "),
+    ("≠", r"\\ne "), ("²", "^2"), ("³", "^3"), (r"\+?\\infty", r"\\infty"),
+    (r"(?:√|(?<!\\)sqrt) ?([0-9]+)", r"\\sqrt{\1}"), (r"\\?sqrt ?|√", r"\\sqrt"),
+    (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![a-z]))|°", " degrees"),
+    (r" *(?:\\cdot(?![a-z])|\\times|[×*]) *", "*"),
     (r"\\in(?![a-z])", "="), (r"\\(?:left|right)(?![a-z])|\\[!{}]", ""), (r"\{,\}", ","),
-    (r"\\%", "%"), (r"\\([gl]e)q", r"\\\1"), (r"\\[()\[\],;: ]|\\?[$€£¥]", " "), (r" *\{", "{")]
+    (r"\\%", "%"), (r"\\([gln]e)q", r"\\\1"),
+    (r"\\[()\[\],;: ]|\\?[$€£¥]", " "), (r" *\{", "{")]
 BRACES = [  # the same from the inside out, for which they are replaced several times
     (r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1 "),
     (r"([\^_])\{([0-9]+|\w)\}", r"\1\2"), (r"\\sqrt([0-9a-z])", r"\\sqrt(\1)"),
     (r"([\^_\]]|\\(?!boxed|[dtc]?frac)[a-z]+)\{([^{}]*)\}", r"\1(\2)"),
-    (r"\\[dtc]?frac ?(\{[^{}]*\}|\w) ?(\{[^{}]*\}|\w)(?=([a-z\\])?)", fraction)]
+    (r"\\[dtc]?frac ?(\{[^{}]*\}|\w) ?(\{[^{}]*\}|\w)"
+     r"(?=([a-z]| *\\(?!pm|mp|[gln]e|c[au]p)| +[a-z](?<![mglsh])(?![a-z]))?)", fraction)]
 NAME = re.compile(r"(^|, )(?:\\?[^\W\d]+|\w\(\w\)|\(\w(?:, ?\w)*\)) ?= ?")  # x =, f(x) =
 MATHS = ("(?:arc)?(?:sin|cos|tan)[xyz]?|log|exp|sqrt|plus|minus|over|divided|squared|cubed|"
-         "factorial|infinity|not|and|mod|choose|point|negative|half|halves|thirds?|lakh|crore|"
-         "(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|"
+         "factorial|infinity|not|and|mod|choose|point|negative|half|halves|thirds?|lakhs?|crores?|"
+         "root|radical|tens|quadrillions?|csc|cot|(?:sin|cos|tan)h|epsilon|rho|tau|"
+         "(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|hundred|thousand|"
+         "(?:thir|four|fif|six|seven|eigh|nine)teen)ths?|"
          "alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi|psi")  # words, but no units
 UNIT = (r"_[1-9][0-9]?|"  # base 9; or km/h, apples, ...
         r"(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|oz|lb|sq|(?![百千万亿分])[㐀-鿿]+)|"
         r" (?-i:[mgLlsh])|"
         rf"(?: |(?=[^\W\d_]{{4}}))(?!(?:{MATHS})\b)[^\W\d_]{{3,}})(?: [^\W\d_]+){{0,3}}"
         r"(?:/[^\W\d_]+)?(?: ?\^[23]|[²³])?")
+SHORT = dict(pair.split(":") for pair in (  # units with two names
+    "meter:m metre:m millimeter:mm millimetre:mm centimeter:cm centimetre:cm kilometer:km "
+    "kilometre:km inch:in foot:ft feet:ft gram:g kilogram:kg pound:lb ounce:oz liter:l litre:l "
+    "second:s sec:s minute:min hour:h hr:h").split())
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
           "trillion": 10**12}
 WRITTEN = re.compile(
@@ -252,7 +264,7 @@ def plain(text):
         text = re.sub(written, meant, text)
     *before, text = text.split("\\boxed")
     if before:
-        boxed = re.match(r"\{([^{}]*)\}| ([^ {}]+)", text)
+        boxed = re.match(r"\{((?:[^{}]|\{[^{}]*\})*)\}| ([^ {}]+)", text)
         text = boxed[1] or boxed[2] or "" if boxed else ""
     text = re.sub(r",? (?:and|or) ", ", ", " ".join(text.split()))
     text = text.lstrip(" *=").rstrip(" *.。")
@@ -271,14 +283,14 @@ def parse_number(text):
     for scale in scales.lower().split():
         value *= SCALES[scale.removesuffix("s")]
     unit = re.sub(r"(?<=ch)es\b|(?<=\w)s\b|[ ^]", "", (unit or "").lower())  # no plural
-    return (-value if sign == "-" else value), bool(percent), unit
+    return (-value if sign == "-" else value), bool(percent), SHORT.get(unit, unit)
 
 
 def canonical(text):
     """Of plain text: no needless spaces, fractions and decimals in lowest terms, and in order what
     stands between commas outside brackets."""
-    text = re.sub(r"(?<![0-9]) | (?![0-9])|(?<=[0-9)])\*(?![0-9])", "", text)
-    text = re.sub(r"[^\W\d_]{2,}|^\w$", lambda m: m[0].lower(), text)
+    text = re.sub(r"(?<![0-9]) | (?![0-9])|(?<=[0-9A-Za-z)])(?<!\\pm)\*(?! ?[0-9*])", "", text)
+    text = re.sub(r"(?<![\\A-Za-z])[^\W\d_]{2,}|^\w$", lambda m: m[0].lower(), text)
     text = re.sub(r"(?<![\w.^/])([0-9]+/0*[1-9][0-9]*|[0-9]*\.[0-9]+)(?![.0-9])",
                   lambda m: str(Fraction(m[0])), text)
     items, depth = [""], 0
@@ -297,7 +309,7 @@ def verify_written(problem, answer):
     percentage, which shows in a target above 1."""
     if max(len(answer), len(problem.target)) > MAX_ANSWER:  # the same words
         words, wanted = (" ".join(text.lower().split()) for text in (answer, problem.target))
-        return words[:MAX_ANSWER], words == wanted
+        return words if words == wanted else words[:MAX_ANSWER], words == wanted
     got, want = plain(answer), plain(problem.target)
     if ("=" in got) != ("=" in want):  # x = 72 is 72
         got, want = NAME.sub(r"\1", got), NAME.sub(r"\1", want)
@@ -305,11 +317,11 @@ def verify_written(problem, answer):
     if not (number and goal) or number[2] and goal[2] and number[2] != goal[2]:
         form = canonical(got)
         # Else 1,234 would be the same list as 234,1.
-        same_kind = bool(number) == bool(goal)
+        same_kind = not goal or bool(number)
         return form or None, same_kind and form != "" and form == canonical(want)
     (value, percent, _), (target, target_percent, _) = number, goal
     shares = value / (100 if percent else 1), target / (100 if target_percent else 1)
-    if shares[0] == shares[1] or value == target and abs(target) > 1:
+    if shares[0] == shares[1] or value == target and (abs(target) > 1 or target_percent):
         return str(target) + "%" * target_percent, True  # one form: all that are right vote for it
     return str(value) + "%" * percent, False
 
@@ -357,7 +369,7 @@ SCRIPTS = {  # the letters of each script
 RUNS = {name: re.compile(f"[{letters}]+") for name, letters in SCRIPTS.items()}
 RUNS["other"] = re.compile(r"[^\W\d_" + "".join(SCRIPTS.values()) + "]")  # scripts not listed
 UNSPACED = ("han", "kana", "thai")  # two letters count as one word
-MAX_READ = 10_000  # characters of the thinking that are checked for language
+MAX_READ = 10_000  # characters of the thinking that are checked for language and emoji
 
 
 def count_words(text):
@@ -395,14 +407,15 @@ def overlong_penalty(lengths, limit):
     return [-min(1.0, max(0.0, (length - start) / (limit - start))) for length in lengths]
 
 
-ENDS_WITH_EMOJI = re.compile("[\u2600-\u27bf\U0001f300-\U0001faff]\ufe0f?\\s*$")
+ENDS_WITH_EMOJI = re.compile(
+    "[\u231a-\u23ff\u2600-\u27bf\u2b00-\u2bff\U0001f1e6-\U0001faff]\ufe0f?\\s*$")
 
 
 def emoji(problems, texts):
     """The share of the thinking's lines that end with an emoji; 0 without thinking."""
     scores = []
     for text in texts:
-        thinking = split_completion(text)[0] or ""
+        thinking = (split_completion(text)[0] or "")[:MAX_READ]
         lines = [line[-20:] for line in thinking.split("\n") if line.strip()]
         hits = sum(bool(ENDS_WITH_EMOJI.search(line)) for line in lines)
         scores.append(hits / len(lines) if lines else 0.0)

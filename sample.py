@@ -312,6 +312,8 @@ def evaluate(model, tok, problems, k, cfg, temperature):
         apart[data.without_names(problem)] += deviation
     var = sum(x * x for x in apart.values()) * len(apart) / max(1, len(apart) - 1) / n ** 2
     half = 1.96 * var ** 0.5 if len(apart) > 1 else 1.0
+    if mean in (0.0, 1.0):  # no deviation says nothing of the next problem: the exact interval's
+        half = 1 - 0.025 ** (1 / len(apart))
     metrics = {"pass@1": mean, "pass@1_ci": [max(0.0, mean - half), min(1.0, mean + half)],
                f"pass@{k}": sum(pass_at_k(k, int(c), k) for c in right.sum(dim=1)) / n,
                f"cons@{k}": sum(votes) / n}
@@ -464,7 +466,6 @@ def printable(text):
 
 def render(problem, text, names=tuple(rewards.REWARDS)):
     """One completion and its scores as (style, line) pairs."""
-    text = printable(text)
     thinking, answer = rewards.split_completion(text)
     if thinking is None and answer is None:
         lines = [("plain", line) for line in (text.strip() or "(nothing)").split("\n")]
@@ -476,6 +477,7 @@ def render(problem, text, names=tuple(rewards.REWARDS)):
                  ("plain", "answer"), (style, f"    {answer or '(none)'}")]
     # Accuracy is of interest for general requests, too, though nobody is rewarded for it there.
     names = [name for name in names if name == "accuracy" or rewards.applies(name, problem)]
+    lines = [(style, printable(line)) for style, line in lines]
     scores = [f"{name} {rewards.REWARDS[name]([problem], [text])[0]:.3g}" for name in names]
     return [*lines, ("plain", "scores"), ("plain", "    " + "  ".join(scores))]
 

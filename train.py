@@ -921,7 +921,7 @@ def run_export(given):
         dtype = getattr(torch, train.export_dtype)
     save_pretrained(model, train.export_dir, source, dtype)
     if not source:
-        tok.save(train.export_dir)
+        tok.save(train.export_dir, data.chat_template(cfg.data.template, cfg.data.prefill_think))
     data.add_chat_template(train.export_dir, cfg.data)
     print(f"{path}: written to {train.export_dir} as {str(dtype).removeprefix('torch.')}")
 

@@ -171,6 +171,24 @@ def test_an_official_test_split_is_what_is_evaluated_on_and_all_else_is_trained_
         validate(DataConfig(eval_data=cfg.eval_data))
 
 
+def test_what_the_test_split_asks_is_not_trained_on(tmp_path, capsys):
+    tests = [{"question": "And 1?", "answer": 1}, ROWS[0], ROWS[3]]
+    cfg = DataConfig(data=write_rows(tmp_path / "train.jsonl", ROWS),
+                     eval_data=write_rows(tmp_path / "test.jsonl", tests))
+    data.leave_out_long(cfg, TOK, 1000)
+    drawn = {draw_problem(cfg, random.Random(n)).question for n in range(300)}
+    assert not drawn & {row["question"] for row in tests} and len(drawn) == len(ROWS) - 2
+    assert f"2 of {len(ROWS)} problems are left out" in capsys.readouterr().out
+
+
+def test_numbers_with_an_exponent_are_written_out(tmp_path):
+    (tmp_path / "d").write_text("".join(
+        f'{{"question": "q{i}", "answer": {number}}}\n'
+        for i, number in enumerate(["1e-05", "1e+16", "-2.5E3", "0.50", "1e999"])))
+    targets = [problem.target for problem in data.file_problems(str(tmp_path / "d"))]
+    assert targets == ["0.00001", "10000000000000000", "-2500", "0.50", "1e999"]
+
+
 def test_problems_too_long_for_the_context_are_left_out_and_counted(tmp_path, capsys):
     rows = [*ROWS, {"question": "x" * 500, "answer": 1}, {"question": "y" * 80, "answer": 1}]
     cfg = DataConfig(data=write_rows(tmp_path / "d.jsonl", rows))

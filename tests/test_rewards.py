@@ -244,7 +244,8 @@ def test_thinking_and_answer_are_read_from_a_whole_completion():
 
 @pytest.mark.parametrize("text, retried", [
     ("3+2=5 vs 6 no\n3*2=6 vs 6 yes\n", True), ("3+2=5 比 7 不对\n3*2=6 vs 7 no\n", True),
-    ("3+2=5 vs 6 no\nI give up\n", False), ("3*2=6 vs 6 yes\n", False), ("", False)])
+    ("3+2=5 vs 6 no\nI give up\n", False), ("3+2=5 vs 6 no\nnothing fits\n", False),
+    ("3*2=6 vs 6 yes\n", False), ("", False)])
 def test_another_try_after_a_miss_is_a_retry_and_giving_up_is_none(text, retried):
     assert retries(text) == retried
 
@@ -281,6 +282,7 @@ def test_what_is_no_single_number_is_none(text):
     ("72", "72", 1), ("72", "72.0", 1), ("72", "144/2", 1), ("72", "73", 0), ("72", "72 or 73", 0),
     ("1/3", "0.3333333333333333", 0), ("1/3", "2/6", 1), ("50", "50%", 1), ("0.5", "50%", 1),
     ("50%", "0.5", 1), ("50%", "50", 1), ("0.5", "0.5%", 0), ("50%", "50 percent", 1),
+    ("1%", "1", 1), ("0.5%", "0.5", 1),
     ("1,000", "1000", 1), ("$18", "18.00", 1), ("Paris", " paris ", 1), ("Paris", "London", 0)])
 def test_written_answers_are_compared_exactly(target, text, right):
     assert answer(text, Problem("file", "q", (), target)) == right
@@ -298,7 +300,10 @@ def test_written_answers_are_compared_exactly(target, text, right):
     ("8", "8 M", 0), ("8", "8 L", 1), ("8", "8 oz", 1), ("8", "8 sq ft", 1), ("8", "8 months", 1),
     ("3", r"3~\text{cm}", 1), ("10000", r"10\,000", 1), ("5000", "5 thou\u017fand", 0),
     ("5000", "5 thousand\u017f", 0), ("5000", "5thousand", 1),
-    ("864 cm^2", r"864\text{ cm}^2", 1), ("5 million", "5,000,000", 1), ("18", "18 元", 1)])
+    ("864 cm^2", r"864\text{ cm}^2", 1), ("5 million", "5,000,000", 1), ("18", "18 元", 1),
+    ("12 meters", "12 m", 1), ("5 h", "5 hours", 1), ("10 feet", "10 ft", 1), ("3 m", "3 mm", 0),
+    ("9 minutes", "9 m", 0), ("5", "5 lakhs", 0), ("2", "2 root three", 0), ("5", "5 twelfths", 0),
+    ("3 cm^2", "3 cm²", 1)])
 def test_units_are_compared_if_both_have_one_and_letters_are_none(target, text, right):
     assert answer(text, Problem("file", "q", (), target)) == right
 
@@ -324,6 +329,17 @@ def test_units_are_compared_if_both_have_one_and_letters_are_none(target, text, 
     (r"\begin{pmatrix} 1 \\ 0.5 \end{pmatrix}", [r"\begin{bmatrix}1\\\frac12\end{bmatrix}"],
      [r"\begin{pmatrix} 1 & 0.5 \end{pmatrix}", "1, 0.5"]),
     ("x^{10} - 2x", ["x^10-2x", r"$x^{10}-2 x$"], ["x^{1}0-2y", "X^{10}-2x"]),
+    (r"45^\circ", [r"\boxed{45^\circ}", r"\boxed{45°}"], [r"\boxed{46^\circ}"]),
+    (r"\frac{4}{3}\pi r^3", [r"\frac{4}{3} \pi r^3", r"\frac43 π r³"], [r"\frac{3}{4}\pi r^3"]),
+    (r"\frac{1}{2}x", [r"\frac{1}{2} x"], [r"\frac{1}{2x}"]),
+    (r"\pi R^2", [r"\pi  R^{2}"], [r"\pi r^2"]), (r"\Delta", [], [r"\delta"]),
+    (r"\sqrt{10}", ["√10", "sqrt(10)"], ["√1 0"]),
+    (r"1\pm\sqrt{19}", ["1 ± √19"], ["1+√19"]),
+    (r"[0,\infty)", ["[0, ∞)"], ["(0, ∞)"]), (r"x \neq 2", ["x≠2"], ["x=2"]),
+    (r"\{100,200\}", ["100, 200", "200,100"], ["100200"]), ("100, 200", ["100,200"], ["100200"]),
+    ("xy", [r"x \cdot y"], ["x+y"]), (r"\frac{32}{x}", [], [r"3 \cdot \frac{2}{x}"]),
+    (r"\binom{n}{2}", [r"\boxed{\binom{n}{2}}"], [r"\boxed{\binom{n}{3}}"]),
+    ("7", [r"\boxed{{7}}"], []),
     ("18", ["18€", "€18", r"\boxed{7}\boxed{18}"],
      [r"\boxed{18} \boxed{", r"\boxed{18}\boxed{7}", r"\boxed{1", r"\boxed"])])
 def test_answers_are_compared_without_what_only_changes_their_looks(target, same, others):
@@ -446,7 +462,8 @@ def test_harmless_is_declining_and_nothing_else():
 
 @pytest.mark.parametrize("thinking, share", [
     ("\na 🤔\nb 🎉\n", 1), ("\na 🤔\nb\n", 0.5), ("\n🤔 a\n", 0), ("\n", 0),
-    ("\na ❤️\n\n  b 👉  \n", 1), ("1. x ✅\n2. y 不对\n", 0.5)])
+    ("\na ❤️\n\n  b 👉  \n", 1), ("1. x ✅\n2. y 不对\n", 0.5),
+    ("⭐\na ⏰\n⬆️\n🇫🇷\n✓x\n", 0.8)])
 def test_emoji_is_the_share_of_lines_that_end_with_one(thinking, share):
     text = f"<think>{thinking}</think><answer>1</answer>"
     assert rewards.emoji([PROBLEM], [text]) == [share]

@@ -58,6 +58,15 @@ def test_right_answers_vote_together_however_they_are_written():
         assert sample.majority_vote([rewards.verify(problem, text) for text in texts])
 
 
+def test_what_differs_from_the_right_answer_only_at_its_end_does_not_vote_for_it():
+    words = "so " * 60
+    problem = data.Problem("file", "q", (), words + "right")
+    texts = [f"<answer>{words}{end}</answer>" for end in ("wrong", "right", "right", "wrong two")]
+    for order, vote in (([0, 1, 2], True), ([1, 2, 0], True), ([1, 0, 3], False)):
+        said = [rewards.verify(problem, texts[i]) for i in order]
+        assert sample.majority_vote(said) == vote
+
+
 def test_a_majority_votes_over_answers_and_the_first_wins_a_tie():
     right, wrong, none = ("a", True), ("b", False), (None, False)
     vote = sample.majority_vote
@@ -131,6 +140,18 @@ def test_thinking_and_second_attempts_are_counted(monkeypatch):
     assert metrics["thinks"] == 1 and metrics["retry_rate"] == 0.5 and metrics["pass@1"] == 0.5
     assert [s["retry_rate"] for s in samples] == [True, False]
     assert metrics["pass@1_ci"] == [0, 1]  # one problem says nothing about others
+
+
+@pytest.mark.parametrize("text, sure", [("<answer>3+7</answer>", 1), ("<answer>3</answer>", 0)])
+def test_what_is_always_right_or_always_wrong_still_leaves_doubt(monkeypatch, text, sure):
+    problems = [data.countdown_problem((3, 7), 10) for _ in range(20)]
+    monkeypatch.setattr(data, "without_names", id)  # 20 problems, not one
+    tok = says(monkeypatch, [text] * 40)
+    metrics, _ = sample.evaluate(None, tok, problems, 2, sample.Config(), 1.0)
+    # With a chance of 1 - x, 20 are all alike with probability x ** 20 = 2.5 %.
+    assert metrics["pass@1"] == sure
+    doubt = 1 - 0.025 ** (1 / 20)
+    assert metrics["pass@1_ci"] == pytest.approx([1 - doubt, 1] if sure else [0, doubt])
 
 
 def test_logic_puzzles_that_differ_in_names_alone_count_as_one(monkeypatch):
@@ -546,6 +567,8 @@ def test_what_a_model_says_cannot_control_the_terminal():
     text = "<think>\033[2J\r\x07</think><answer>3+7</answer>"
     shown = "".join(line for _, line in sample.render(ADD, text))
     assert "\033" not in shown and "\r" not in shown and "\x07" not in shown and "3+7" in shown
+    spaced = "<think>a</think><answer>3\t+\u00a07</answer>"  # is judged as RL judged it
+    assert sample.render(ADD, spaced, ["accuracy"])[-1][1].strip() == "accuracy 1"
 
 
 def test_thinking_is_dim_and_an_answer_green_or_red():

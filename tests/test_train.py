@@ -1203,10 +1203,17 @@ def test_traces_are_answers_behind_what_came_before_them(tmp_path, template):
     two = one + "3" + end + turn.replace("{question}", "what is 2+2")
     assert [tuple(map(tok.decode, row)) for row in rows] == [
         (one, "3"), (one, "3"), (two, "4"), (one, "3")]
-    cfg = data.DataConfig(template="base", prefill_think=True)
-    entry = {"prompt": "why", "completion": "<think>\nso</think>"}
-    (prompt, said), = data.read_traces(write_traces(tmp_path / "a", [entry]), tok, cfg)
-    assert tok.decode(prompt).endswith("<think>\n") and tok.decode(said) == "so</think>"
+    assert rows[2][0].count(tok.end_id) == (not end)  # what ends an answer ends one within a chat
+
+
+def test_traces_go_on_after_the_think_that_a_prompt_ends_with(tmp_path):
+    tok, cfg = data.load_tokenizer(), data.DataConfig(template="base", prefill_think=True)
+    for start in ("<think>\n", "<think>", "\n<think>\n", ""):
+        entry = {"prompt": "why", "completion": f"{start}so</think>"}
+        (prompt, said), = data.read_traces(write_traces(tmp_path / "a", [entry]), tok, cfg)
+        assert tok.decode(prompt).endswith("<think>\n") and tok.decode(said) == "so</think>"
+    _, (prompt, _) = data.read_traces(write_traces(tmp_path / "b", [{"messages": CHAT}]), tok, cfg)
+    assert tok.decode(prompt).endswith("what is 2+2\nAssistant: <think>\n")
 
 
 def test_zero_starts_from_anybodys_traces(folder, tmp_path, capsys):
@@ -1283,6 +1290,9 @@ def test_an_export_knows_how_to_chat(finished, tmp_path):
     chat = [{"role": "user", "content": problem.question}, {"role": "assistant", "content": "no"}]
     shown = jinja2.Template(template).render(messages=chat, eos_token=data.END)
     assert shown == f"{problem.prompt}no{data.END}"
+    train.main(["export", ckpt, f"--export_dir={tmp_path}", "--prefill_think", "--template=base"])
+    template = json.loads((tmp_path / "tokenizer_config.json").read_text())["chat_template"]
+    assert template == data.chat_template("base", prefill_think=True)
 
 
 @pytest.mark.parametrize("name", data.TEMPLATES)
