@@ -60,6 +60,8 @@ def validate(cfg):
             raise UserError(f"{f.name}={value} is not one of {', '.join(choices)}")
         if f.type is float and not math.isfinite(value):
             raise UserError(f"{f.name}={value} is not a finite number")
+        if f.type is int and abs(value) >= 2**63:
+            raise UserError(f"{f.name}={str(value)[:20]}... is out of bounds (64 bits)")
         for word, holds in (("above", operator.gt), ("least", operator.ge), ("most", operator.le)):
             bound = f.metadata[word]
             if bound is not None and not holds(value, bound):
@@ -682,7 +684,14 @@ def atomic_write(path):
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
+        for wait in (0.1, 0.5, 2, 0):  # on Windows it fails while a virus scanner, say, reads it
+            try:
+                os.replace(path + ".tmp", path)
+                break
+            except PermissionError:
+                if not wait:
+                    raise
+                time.sleep(wait)
     except OSError as e:
         with suppress(OSError):
             os.remove(path + ".tmp")

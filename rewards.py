@@ -453,7 +453,8 @@ def score(problems, texts, cfg, **others):
         if not weight:
             continue
         judged = [i for i, problem in enumerate(problems) if applies(name, problem)]
-        values = checked(name, reward, [problems[i] for i in judged], [texts[i] for i in judged])
+        values = checked(name, reward, [problems[i] for i in judged],
+                         [texts[i] for i in judged]) if judged else []
         for part in parts:
             part[name] = math.nan
         for i, value in zip(judged, values, strict=True):

@@ -43,6 +43,7 @@ from model import (
     opt,
     pick,
     read_json,
+    reading,
     sampling_copy,
     validate,
 )
@@ -358,9 +359,9 @@ def win_rates(samples, tok, out_dir):
     path = os.path.join(out_dir, "reward_model", "ckpt.pt")
     if not (os.path.exists(dev3) and os.path.exists(path)):
         return {}
-    mine, theirs = ([s for s in lines if s["task"] == "chat"]
+    mine, theirs = ([s for s in lines if s.get("task") == "chat"]
                     for lines in (samples, read_lines(dev3)))
-    if not mine or [s["prompt"] for s in mine] != [s["prompt"] for s in theirs]:
+    if not mine or [s["prompt"] for s in mine] != [s.get("prompt") for s in theirs]:
         return {}
     # The same text twice would be a tie, were it not for rounding in the reward model.
     pairs = [pair for pair in zip(mine, theirs, strict=True)
@@ -419,8 +420,15 @@ def write_json(path, value):
 
 
 def read_results(folder):
+    """{task: its results} of an evaluation, {} if there was none."""
     path = os.path.join(folder, "eval.json")
-    return read_json(path) if os.path.exists(path) else {}
+    if not os.path.exists(path):
+        return {}
+    results = read_json(path)
+    with reading(path, "an evaluation; delete it, and the same command makes it again"):
+        for task in set(results) & set(data.TASKS):
+            results[task]["samples"] + results[task]["problems"] + results[task]["pass@1"]
+    return results
 
 
 # ------------------------------------------------------------------------------------------------

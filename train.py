@@ -68,6 +68,7 @@ from model import (
     save_pretrained,
     set_lr,
     token_logps,
+    validate,
 )
 from rewards import Environment, RewardConfig, RewardModel
 from sample import (
@@ -102,7 +103,7 @@ class TrainConfig:
                       "from which zero then starts")
     lora_rank: int = opt(0, "train adapters of this rank, all else frozen; 0: the whole model",
                          least=0)
-    lora_alpha: float = opt(32.0, "... scaled by lora_alpha / lora_rank", above=0)
+    lora_alpha: float = opt(32.0, "... scaled by lora_alpha / lora_rank", above=0, most=1e6)
     general_replies: int = opt(600, "scripted replies to general requests, for dev3", least=1)
     label_noise: float = opt(0.1, "share of preferences that are wrong", least=0, most=0.5)
     autocast: str = opt("auto", "training's matrix products in bfloat16; auto: on CUDA",
@@ -139,10 +140,14 @@ def stage_config(stage, given, tok):
     task = REAL_DEFAULTS if folder else TASK_DEFAULTS.get(given.get("task"), {})
     if folder and given.get("lora_rank"):
         task = REAL_DEFAULTS | LORA_DEFAULTS
+    if stage.kind != "rl":  # it has no rewards, and their weights need not make sense for it
+        given = {key: value for key, value in given.items() if key not in names(RewardConfig)}
     cfg = Config.of({"vocab_size": tok.n_vocab, **task, **stage.settings, **given})
     if cfg.train.lora_rank and cfg.grpo.ref_every:
         raise UserError(f"ref_every={cfg.grpo.ref_every}: with --lora_rank the reference is the "
                         f"model without its adapters, always")
+    if folder and cfg.train.base:
+        raise UserError(f"--init_from={folder} and --base={cfg.train.base}: leave out one of them")
     if folder:
         shape = [key for key in names(GPTConfig, "context") if key in given]
         if shape:
@@ -158,7 +163,9 @@ def stage_config(stage, given, tok):
         state = load_checkpoint(cfg.train.base)
         keys = [*CORPUS, "init_from"]  # the same corpus, the same tokenizer
         refuse_other_settings(cfg, state, keys, cfg.train.base, "choose another --base")
-        cfg.model = GPTConfig(**state["model_config"])
+        with reading(cfg.train.base, "a checkpoint of this program"):
+            cfg.model = GPTConfig(**state["model_config"])
+            validate(cfg.model)
     if cfg.model.vocab_size < tok.n_vocab:
         raise UserError(f"vocab_size={cfg.model.vocab_size}: the tokenizer has {tok.n_vocab} ids")
     return cfg
@@ -178,7 +185,10 @@ def longest_prompt(cfg, tok):
     data.leave_out_long(cfg.data, tok, cfg.model.context - cfg.grpo.max_new_tokens)
     prompts = [data.prompt_ids(problem, tok, cfg.data)
                for problem in data.eval_problems(cfg.data, 50)]
-    longest, new = max(map(len, prompts)), cfg.grpo.max_new_tokens
+    others = () if cfg.sample.init_from else [task for task in data.TASKS if task != "file"]
+    asked = [data.prompt_ids(problem, tok, cfg.data)  # in the final evaluation
+             for task in others for problem in data.eval_problems(cfg.data, 100, task)]
+    longest, new = max(map(len, prompts + asked)), cfg.grpo.max_new_tokens
     if longest + new > cfg.model.context:
         raise UserError(f"a prompt of {longest} tokens + max_new_tokens={new} do not fit "
                         f"context={cfg.model.context}")
@@ -190,13 +200,14 @@ def names(cls, *left_out):
 
 
 CORPUS = ["task", "n_numbers", "max_number", "ops"]
-PROBLEMS = [*names(DataConfig, "eval_problems"), "seed", "init_from", "base", "traces", "lora_rank",
-            "lora_alpha"]
+BASE = ["init_from", "seed", *CORPUS, "base_optimizer", "base_steps", "base_lr", "base_rows",
+        "base_length", *names(GPTConfig)]
+PROBLEMS = [*BASE, *names(DataConfig, "eval_problems", *CORPUS), "base", "traces", "lora_rank",
+            "lora_alpha"]  # of the base, too: what grew from another one is no part of this run
 SFT = [*PROBLEMS, "source_problems", "source_samples", "max_new_tokens", "temperature",
-       "base_optimizer", "sft_steps", "sft_lr", "sft_rows"]
+       "sft_steps", "sft_lr", "sft_rows"]
 RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
-    "base": [*CORPUS, "seed", "init_from", "base_optimizer", "base_steps", "base_lr", "base_rows",
-             "base_length", *names(GPTConfig)],
+    "base": BASE,
     "rl": [*PROBLEMS, *names(RewardConfig),
            *names(GRPOConfig, "rl_steps", "eval_every", "micro_tokens")],
     "sft": [*SFT, "general_replies"],
@@ -215,7 +226,8 @@ WIDTHS = {"cut": 4, "grad": 7, "loss": 7}  # least ones; else 5
 class Run:
     """One stage under way: its settings, its folder, and how it resumes, logs, saves and stops."""
 
-    def __init__(self, name, given):
+    def __init__(self, name, given, asked=True):
+        """`asked`: whether the command line names the stage; else others need it."""
         self.name, self.stage = name, stage_of(name, given)
         self.tok = data.load_tokenizer(given.get("init_from", ""))
         self.cfg = cfg = stage_config(self.stage, given, self.tok)
@@ -228,9 +240,13 @@ class Run:
         os.makedirs(self.dir, exist_ok=True)
         if os.path.exists(self.path("ckpt.pt")):
             self.saved = load_checkpoint(self.path("ckpt.pt"))
-            if "optimizers" not in self.saved:
-                raise UserError(f"{self.path('ckpt.pt')} is no checkpoint of a run: move it away")
-            refuse_other_settings(cfg, self.saved, RESUME_KEYS[self.stage.kind], self.dir,
+            if "optimizers" not in self.saved or self.saved.get("stage") != name:
+                raise UserError(f"{self.path('ckpt.pt')} is no checkpoint of {name}: move it away")
+            keys, then = RESUME_KEYS[self.stage.kind], self.saved.get("settings", {})
+            if not asked and self.saved["step"] >= then.get(steps, math.inf):
+                # Finished, and only what others start from: --rl_lr, say, is meant for these.
+                self.steps, keys = self.saved["step"], [key for key in keys if key in PROBLEMS]
+            refuse_other_settings(cfg, self.saved, keys, self.dir,
                                   "delete it or choose another --out_dir")
         # Checkpoints say what "auto" meant. A run goes on in that dtype, and whatever asks it later
         # samples in it, since weights move less in RL than bfloat16 can show.
@@ -262,7 +278,7 @@ class Run:
         for path in self.path("metrics.jsonl"), self.path("rollouts.jsonl"):
             if os.path.exists(path):
                 write_lines(path, [line for line in read_lines(path)
-                                   if line.get("step", math.inf) <= step])
+                                   if type(line.get("step")) is int and line["step"] <= step])
         with open(self.path("metrics.jsonl"), "ab") as f:
             self.log_size = f.tell()
         self.saved = {"step": step}  # the rest is in use now, and large
@@ -326,9 +342,11 @@ class Run:
             self.rows += 1
         self.skipped = self.skipped + 1 if metrics["skipped"] == 1 else 0
         if self.skipped >= self.cfg.train.max_skipped:
+            kept = self.path("ckpt.pt")
+            kept = f"{kept} is what was reached; to" if os.path.exists(kept) else "To"
             raise UserError(f"{self.name}: the gradients of {self.skipped} steps in a row were not "
-                            f"finite. {self.path('ckpt.pt')} is what was reached; to begin anew, "
-                            f"lower the learning rate and choose another --out_dir")
+                            f"finite. {kept} begin anew, lower the learning rate and choose "
+                            f"another --out_dir")
 
     def end_step(self, step, steps, model, optimizers, ref=None):
         every = self.cfg.train.save_every * (1 if self.stage.kind == "rl" else 10)
@@ -340,7 +358,7 @@ class Run:
                 "trained": self.cfg.train.lora_rank and {
                     name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
                 "ref": ref.state_dict() if ref is not None else None})
-        if self.stopping and step < steps:
+        if self.stopping:
             raise KeyboardInterrupt(f"{self.name} is saved at step {step} of {steps}")
 
     def stop_after_step(self, *_):
@@ -440,7 +458,7 @@ def train_rl(run):
         # By itself: a copy of what is compiled would run the policy's weights.
         run.set_up(ref.requires_grad_(False), adapters=False)
     run.set_up(policy)
-    if cfg.rewards.w_preference:
+    if cfg.rewards.w_preference and set(cfg.data.shares()) & set(data.GENERAL):
         judge = run.load("reward_model", RewardModel)
     env = Environment(run.tok, cfg.data, cfg.rewards, cfg.grpo.max_new_tokens, judge)
     train_grpo(policy, ref, env, run, cfg.grpo)
@@ -496,9 +514,12 @@ def train_sft(run, filters, rank=None, replies=0):
         rows += scripted_replies(run, replies)
         write_lines(path, [{"problem": asdict(p), "prompt": data.in_words(p, cfg.data),
                             "completion": text} for p, text in rows])
-    rows = [(data.prompt_ids(data.Problem(**line["problem"]), run.tok, cfg.data),
-             data.completion_ids(line["completion"], run.tok, cfg.data))
-            for line in read_lines(path)]
+    with reading(path, f"what {run.name} writes; delete it to make it again"):
+        rows = [(data.prompt_ids(data.Problem(**line["problem"]), run.tok, cfg.data),
+                 data.completion_ids(line["completion"], run.tok, cfg.data))
+                for line in read_lines(path)]
+        if not rows:
+            raise ValueError("it is empty")
     fine_tune(run, rows)
 
 
@@ -554,7 +575,10 @@ def train_reward_model(run):
     cfg, path = run.cfg, run.path("pairs.jsonl")
     if not run.saved["step"] or not os.path.exists(path):
         write_lines(path, annotate(run, held_out=False) + annotate(run, held_out=True))
-    pairs = [pair for pair in read_lines(path) if not pair["held_out"]]
+    with reading(path, f"what {run.name} writes; delete it to make it again"):
+        pairs = [pair for pair in read_lines(path) if not pair["held_out"]]
+        for pair in pairs:
+            pair["prompt"] + pair["preferred"] + pair["other"]  # texts, all of them
     if not pairs:
         raise UserError(f"{run.name}: no two answers of {run.stage.source} differ in gold reward")
     gpt = run.load(run.stage.parent)
@@ -702,14 +726,17 @@ def check_stages(stages, given):
         data.read_traces(traces, tok, stage_config(STAGES["sft"], given, tok).data)
 
 
-def run_stage(name, given):
+def run_stage(name, given, asked=True):
     """Trains and evaluates a stage unless that is done -> its Run."""
-    run, is_rm, base = Run(name, given), name == "reward_model", given.get("base")
+    run, is_rm, base = Run(name, given, asked), name == "reward_model", given.get("base")
     result = "pairs" if is_rm else run.cfg.data.tasks()[0]
     if name == "base" and (run.cfg.sample.init_from or base):
         print(f"base: {run.cfg.sample.init_from or base}")  # trained elsewhere
         if not given.get("traces"):  # else RL starts from other weights
             print_memory(run)
+        if base and run.saved["step"] and not os.path.samefile(base, run.path("ckpt.pt")):
+            raise UserError(f"{run.dir} holds a base that was trained here: leave out --base or "
+                            f"choose another --out_dir")
         if base and result not in read_results(run.dir):
             write_json(run.path("eval.json"), read_results(os.path.dirname(base)))
     elif run.saved["step"] >= run.steps:
@@ -820,13 +847,14 @@ def all_results(out_dir):
 
 def print_tables(results, tasks):
     """{stage: results by task} -> what each stage does with `tasks`, and with the others."""
-    results = {stage: found for stage, found in results.items() if tasks[0] in found}
+    results = {stage: found for stage, found in results.items() if any(t in found for t in tasks)}
     for task in tasks:
-        evaluated = [found[task] for found in results.values() if task in found]
+        rows = {stage: found for stage, found in results.items() if task in found}
+        evaluated = [found[task] for found in rows.values()]
         k, n = (max(found[key] for found in evaluated) for key in ("samples", "problems"))
         keys = ["pass@1", "pass@1_ci", "pass@1_T=0.6", "pass@1_greedy", f"pass@{k}", f"cons@{k}",
                 "pass@1_untagged", "format", "one_language", "length", "truncated"]
-        print_table(f"{task}: {n} held-out problems, {k} samples of each", results,
+        print_table(f"{task}: {n} held-out problems, {k} samples of each", rows,
                     {HEADINGS.get(key, key): (task, key) for key in keys})
     others = {t: (t, "pass@1") for t in data.TASKS
               if t not in tasks and any(t in r for r in results.values())}
@@ -975,7 +1003,7 @@ def run_command_line(words, given):
         if given.get("init_from"):
             return_memory()
         for name in stages:
-            run = run_stage(name, given)
+            run = run_stage(name, given, name in words)
         results = all_results(run.cfg.sample.out_dir)
         print_tables(results, run.cfg.data.tasks())
         print_next(run, results, given)

@@ -680,6 +680,28 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_old_one(tiny, tmp_path, mon
     assert load_checkpoint(path)["model"]["x"] == 1
 
 
+@pytest.mark.parametrize("busy, there", [(3, True), (4, False)])
+def test_a_file_that_another_program_reads_is_waited_for(tmp_path, monkeypatch, busy, there):
+    replace, tried, slept = os.replace, [], []
+
+    def on_windows(*paths):
+        tried.append(paths)
+        if len(tried) <= busy:
+            raise PermissionError(13, "used by another process")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", on_windows)
+    monkeypatch.setattr(model_file.time, "sleep", slept.append)
+    path = tmp_path / "x.json"
+    try:
+        with model_file.atomic_write(str(path)) as f:
+            f.write(b"new")
+    except UserError as e:
+        assert "used by another process" in str(e)
+    assert path.exists() == there and len(tried) == 4 and slept == [0.1, 0.5, 2]
+    assert not (tmp_path / "x.json.tmp").exists()
+
+
 def test_missing_torn_and_foreign_checkpoints_are_named_in_one_line(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at .*gone.pt"):
         load_checkpoint(str(tmp_path / "gone.pt"))

@@ -581,7 +581,124 @@ def test_a_foreign_checkpoint_is_not_trained_on(finished, tmp_path, capsys):
     foreign = {key: state[key] for key in ("model", "model_config")}
     torch.save(foreign, tmp_path / "base" / "ckpt.pt")
     err = refusal(train.main, ["base", *TINY, f"--out_dir={tmp_path}"], capsys)
-    assert "ckpt.pt is no checkpoint of a run" in err
+    assert "ckpt.pt is no checkpoint of base" in err
+
+
+def test_another_stages_checkpoint_is_not_taken_for_this_ones(finished, tmp_path, capsys):
+    shutil.copytree(finished / "base", tmp_path / "base")
+    shutil.copytree(finished / "base", tmp_path / "zero")
+    assert "no checkpoint of zero" in refusal(train.main, [*ZERO, f"--out_dir={tmp_path}"], capsys)
+
+
+def test_what_grew_from_another_base_is_no_part_of_a_run(finished, tmp_path, capsys):
+    shutil.copytree(finished / "zero", tmp_path / "zero")  # and its base was deleted
+    err = refusal(train.main, [*ZERO, "--n_layer=2", f"--out_dir={tmp_path}"], capsys)
+    assert "zero was trained with n_layer=1, not 2" in err
+
+
+def test_settings_are_for_the_stages_that_are_named(whole, tmp_path, lenient):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = {stage: weights(out / stage) for stage in ("zero", "dev2", "r1")}
+    run(out, "r1", tiny=[*PIPELINE, "--rl_steps=4"])  # goes on with r1 alone
+    assert [len(lines(out / stage)) for stage in ("zero", "dev2", "r1")] == [3, 3, 4]
+    shutil.rmtree(out / "r1")
+    run(out, "r1", tiny=[*PIPELINE, "--rl_lr=1e-5", "--w_preference=0.3"])
+    for stage in ("zero", "dev2"):
+        assert torch.equal(weights(out / stage), before[stage])
+    assert not torch.equal(weights(out / "r1"), before["r1"])
+
+
+def test_a_finished_stage_that_is_named_refuses_other_settings(finished, capsys):
+    flags = [*ZERO, f"--out_dir={finished}"]
+    assert "rl_lr=0.0003, not 0.01" in refusal(train.main, ["zero", *flags, "--rl_lr=0.01"], capsys)
+    assert "seed=1, not 2" in refusal(train.main, ["dev1", *flags, "--seed=2"], capsys)
+
+
+def test_no_reward_model_is_wanted_where_it_judges_nothing(finished, tmp_path):
+    shutil.copytree(finished / "base", tmp_path / "base")
+    run(tmp_path, "zero", tiny=[*ZERO, "--w_preference=0.3"])
+    assert "reward/preference" in lines(tmp_path / "zero")[0]
+
+
+def test_stages_without_rewards_do_not_ask_for_any(finished, tmp_path):
+    shutil.copytree(finished / "base", tmp_path / "base")
+    run(tmp_path, "zero_emoji", tiny=[*TINY, "--w_accuracy=0", "--w_format=0"])
+    assert set(lines(tmp_path / "zero_emoji")[0]) & {"reward/emoji", "reward/format"} == {
+        "reward/emoji"}
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--context=64", "--base_length=60", "--max_new_tokens=44"], "do not fit context=64"),
+    (["--max_number=2"], "leave no"), (["--clip_high=1e39"], "out of bounds"),
+    (["--lora_rank=2", "--lora_alpha=1e300"], "out of bounds"),
+    ([f"--base_steps={'9' * 401}"], "out of bounds")])
+def test_what_could_not_be_finished_is_not_begun(flags, said, tmp_path, capsys):
+    assert said in refusal(train.main, [*ZERO, *flags, f"--out_dir={tmp_path}"], capsys)
+    assert not (tmp_path / "base" / "ckpt.pt").exists()
+
+
+def test_no_two_bases_at_a_time(finished, folder, tmp_path, capsys):
+    shutil.copytree(finished / "base", tmp_path / "base")
+    flags = [*ZERO, f"--base={finished / 'base' / 'ckpt.pt'}", f"--out_dir={tmp_path}"]
+    assert "holds a base that was trained here" in refusal(train.main, flags, capsys)
+    err = refusal(train.main, [*flags, f"--init_from={folder}"], capsys)
+    assert "--base=" in err and "leave out one" in err
+
+
+def test_ctrl_c_in_the_last_step_ends_the_run_as_well(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished / "base", tmp_path / "base")
+    end_step = train.Run.end_step
+
+    def interrupted(self, step, *others):
+        self.stopping = step == 3
+        end_step(self, step, *others)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Run, "end_step", interrupted)
+        with pytest.raises(SystemExit) as e:
+            run(tmp_path, "zero")
+    assert e.value.code == 130 and "zero is saved at step 3 of 3" in capsys.readouterr().err
+    assert not (tmp_path / "zero" / "eval.json").exists()
+    run(tmp_path, "zero")
+    assert_same(tmp_path / "zero", finished / "zero")
+
+
+def test_stages_on_different_tasks_have_a_row_where_they_were_evaluated(tmp_path, capsys):
+    found = {"pass@1": 0.5, "pass@1_ci": [0.4, 0.6], "pass@1_greedy": 0.5, "samples": 4,
+             "problems": 3}
+    for stage, task in (("zero", "countdown"), ("zero_emoji", "logic")):
+        (tmp_path / stage).mkdir()
+        sample.write_json(str(tmp_path / stage / "eval.json"), {task: found})
+    train.main(["table", f"--out_dir={tmp_path}"])
+    tables = capsys.readouterr().out.split("\n\n")
+    assert [re.findall(r"^(zero\w*) +50", table, re.M) for table in tables[:2]] == [
+        ["zero"], ["zero_emoji"]]
+
+
+@pytest.mark.parametrize("stage, file, text", [
+    ("zero", "eval.json", '{"countdown": 5}'), ("zero", "eval.json", '{"countdown": {}}'),
+    ("distill", "sft.jsonl", ""), ("distill", "sft.jsonl", '{"problem": 5}'),
+    ("reward_model", "pairs.jsonl", '{"held_out": false, "prompt": 5}')])
+def test_a_file_damaged_by_hand_is_named_in_one_line(stage, file, text, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / stage / file).write_text(text)
+    flags = [*PIPELINE, f"--out_dir={out}", "--sft_steps=15"]
+    argv = ["table", f"--out_dir={out}"] if file == "eval.json" else [stage, *flags]
+    if stage != "zero":  # as if it had been cut short
+        state = load_checkpoint(str(out / stage / "ckpt.pt"))
+        state["settings"]["sft_steps"] = 15
+        save_checkpoint(str(out / stage / "ckpt.pt"), state)
+    assert file in refusal(train.main, argv, capsys)
+
+
+def test_lines_of_a_log_that_say_no_step_are_left_out_on_resuming(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    path = tmp_path / "out" / "zero" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": "abc"}\n{"step": null}\n[1]\n')
+    run(tmp_path / "out", "zero", tiny=[*ZERO, "--rl_steps=4"])
+    assert [line["step"] for line in lines(tmp_path / "out" / "zero")] == [1, 2, 3, 4]
 
 
 # --------------------------------------------------------------------------------- the later stages
