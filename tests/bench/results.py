@@ -122,7 +122,8 @@ def gather(known):
         path = os.path.join(where, "evidence")
         found = [file for file in sorted(os.listdir(path)) if file.endswith(".json")] \
             if os.path.exists(path) else []
-        evidence[name] = {file[:-5]: round_all(read(os.path.join(path, file))) for file in found}
+        shown = {file[:-5]: round_all(read(os.path.join(path, file))) for file in found}
+        evidence[name] = {control: of for control, of in shown.items() if "commit" in of}  # done
     first = next(iter(RUNS))
     return {"earlier": known["earlier"], "runs": runs, "evidence": evidence,
             "seen": seen(folder(first)) if first in here else known["seen"],
@@ -396,11 +397,12 @@ def claims(results):
          lambda s: main(s, "zero", "cons@16") > main(s, "zero", "pass@1_ci")[1]
          and main(s, "zero", "cons@16") >= main(s, "zero", "pass@1_greedy") - 0.01],
         ["R1-Zero mixes languages in half of its completions or more, as its base does (a longer "
-         "one is likelier to; the words in the prompt's language are about as many)", toy,
-         lambda of: f"base {get(of, 'base', 'mixes')} → zero {get(of, 'zero', 'mixes')} % mix; "
-         f"words {get(of, 'base', 'one_language')} → {get(of, 'zero', 'one_language')} %",
-         lambda s: min(main(s, "base", "mixes"), main(s, "zero", "mixes")) >= 0.5
-         and abs(main(s, "base", "one_language") - main(s, "zero", "one_language")) <= 0.1],
+         "one is likelier to)", toy,
+         lambda of: f"base {get(of, 'base', 'mixes')} → zero {get(of, 'zero', 'mixes')} %",
+         lambda s: min(main(s, "base", "mixes"), main(s, "zero", "mixes")) >= 0.5],
+        ["... while the share of words in the prompt's language stays within 10 points", toy,
+         lambda of: f"{get(of, 'base', 'one_language')} → {get(of, 'zero', 'one_language')} %",
+         lambda s: abs(main(s, "base", "one_language") - main(s, "zero", "one_language")) <= 0.1],
         ["with a reward for emoji (and no division by the std) 95 % or more of the lines end with "
          "one, and at most three points less is right than in zero, from the same base", emoji,
          lambda of: f"lines {get(of, 'base', 'emoji')} → {get(of, 'zero_emoji', 'emoji')}, "
@@ -431,13 +433,16 @@ def claims(results):
          lambda s: main(s, "dev2", "mixes") <= main(s, "dev2_free", "mixes") - 0.1],
         ["RL for all scenarios, in few and small steps: of its answers in chat that differ from "
          "dev3's 60 % or more are better by gold reward, and the reward model says so within 5 "
-         "points; chat and each task are right at least as often as the lower end of dev3's 95 % "
-         "interval; more is declined, the intervals apart", recipe,
-         lambda of: f"{after_dev3(of, 'r1')}; tasks {four(of, 'dev3')} → {four(of, 'r1')} %",
+         "points; more is declined, the intervals apart", recipe,
+         lambda of: after_dev3(of, "r1"),
          lambda s: s["r1"]["win_rate"]["gold"] >= 0.6 and abs(happier(s, "r1")) < 0.05
-         and all(s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
-                 for task in ("chat", *data.REASONING))
          and s["r1"]["unsafe"]["pass@1_ci"][0] > s["dev3"]["unsafe"]["pass@1_ci"][1]],
+        ["... while chat and each task are right at least as often as the lower end of dev3's 95 % "
+         "interval", recipe,
+         lambda of: f"chat {get(of, 'dev3', task='chat')} → {get(of, 'r1', task='chat')}; tasks "
+         f"{four(of, 'dev3')} → {four(of, 'r1')} %",
+         lambda s: {task: s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
+                    for task in ("chat", *data.REASONING)}],
         ["more and larger steps, divided by the std, *exploit the reward model*: it overrates the "
          "answers in chat by 5 points or more, and at least 5 points less of chat is right (while "
          "the gold reward, which counts friendly words as well, rises)", recipe,
