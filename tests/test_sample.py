@@ -209,10 +209,11 @@ def test_eval_writes_beside_the_checkpoint(finished, tmp_path, capsys):
 
 
 def test_what_was_evaluated_before_stays_in_the_results(finished, tmp_path):
-    (tmp_path / "eval.json").write_text(json.dumps({"file": {"pass@1": 0.5}}))
+    before = {"pass@1": 0.5, "samples": 1, "problems": 2}
+    (tmp_path / "eval.json").write_text(json.dumps({"file": before}))
     _, model, tok, cfg = sample.open_checkpoint({}, str(finished / "zero" / "ckpt.pt"))
     sample.evaluate_tasks(model, tok, cfg, str(tmp_path))
-    assert results(tmp_path)["file"] == {"pass@1": 0.5}
+    assert results(tmp_path)["file"] == before
     assert results(tmp_path)["countdown"] == results(finished / "zero")["countdown"]
 
 
@@ -552,7 +553,9 @@ def test_an_interrupt_without_words_says_what_is_left(capsys):
 def test_a_win_rate_that_cannot_be_had_again_goes(finished, tmp_path):
     zero = finished / "zero"
     (tmp_path / "ckpt.pt").write_bytes((zero / "ckpt.pt").read_bytes())
-    sample.write_json(str(tmp_path / "eval.json"), {"win_rate": {"gold": 0.9}, "file": {"a": 1}})
+    of_a_file = {"pass@1": 0.5, "samples": 1, "problems": 2}
+    before = {"win_rate": {"gold": 0.9}, "file": of_a_file}
+    sample.write_json(str(tmp_path / "eval.json"), before)
     flags = ["--eval_problems=2", "--eval_samples=2", "--max_new_tokens=12"]
     train.main(["eval", f"--ckpt={tmp_path / 'ckpt.pt'}", f"--out_dir={tmp_path}", *flags])
     assert "win_rate" not in results(tmp_path) and "file" in results(tmp_path)
