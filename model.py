@@ -724,7 +724,7 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"there is no checkpoint at {path}; python train.py makes one")
     with reading(path, "a complete checkpoint; if training made it, delete it to make it again"):
         state = torch.load(path, map_location=device, weights_only=True)
-        state["model_config"], state["model"]
+        state["model_config"], state["model"], dict(state.get("settings", {}))
     return state
 
 

@@ -244,7 +244,7 @@ UNIT = (r"_[1-9][0-9]?|"  # base 9; or km/h, apples, ...
         r"(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|oz|lb|sq|(?![百千万亿分])[㐀-鿿]+)|"
         r" (?-i:[mgLlsh])|"
         rf"(?: |(?=[^\W\d_]{{4}}))(?!(?:{MATHS})\b)[^\W\d_]{{3,}})(?: [^\W\d_]+){{0,3}}"
-        r"(?:/[^\W\d_]+)?(?: ?\^[23]|[²³])?")
+        r"(?:/[^\W\d_]+)?(?: ?\^[23])?")
 SHORT = dict(pair.split(":") for pair in (  # units with two names
     "meter:m metre:m millimeter:mm millimetre:mm centimeter:cm centimetre:cm kilometer:km "
     "kilometre:km inch:in foot:ft feet:ft gram:g kilogram:kg pound:lb ounce:oz liter:l litre:l "

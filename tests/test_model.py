@@ -710,7 +710,8 @@ def test_missing_torn_and_foreign_checkpoints_are_named_in_one_line(tmp_path):
     (tmp_path / "torn.pt").write_bytes(whole[:900])
     (tmp_path / "text.pt").write_text("not a checkpoint")
     torch.save([1, 2], tmp_path / "list.pt")
-    for name in ("torn.pt", "text.pt", "list.pt"):
+    torch.save({"model_config": {}, "model": {}, "settings": 5}, tmp_path / "settings.pt")
+    for name in ("torn.pt", "text.pt", "list.pt", "settings.pt"):
         with pytest.raises(UserError, match=name) as e:
             load_checkpoint(str(tmp_path / name))
         assert "\n" not in str(e.value)

@@ -33,28 +33,25 @@ SHOWN_STEPS = (1, 5, 10, 20, 60)
 RUNS, OF_A_BASE, CONTROLS = {}, {}, {}  # name: the commands that make it; of what RUNS made
 for seed in SEEDS:
     n, end = "" if seed == 1 else seed, f"--seed={seed} --threads=1 --out_dir="
+    control = "python tests/bench/evidence.py {} --threads=1 --out_dir={}{}".format
+    parts = ["zero", "r1"]
     RUNS[f"seed {seed}"] = [f"python train.py {end}out{seed}"]
-    parts = ["zero", "r1"] + ["dev2_free r1_hacked"] * (seed in ABLATED)
-    parts += ["distill small_zero"] * (seed in SMALL)
+    if seed in ABLATED:
+        parts.append("dev2_free r1_hacked")
+        OF_A_BASE[f"emoji, seed {seed}"] = [
+            f"python train.py zero_emoji --base=out{seed}/base/ckpt.pt --eval_every=0 {end}"
+            f"out-emoji{n}"]
+        CONTROLS[f"controls, seed {seed}"] = [control(name, "out", seed) for name in (
+            "shuffle", "alone", "passk --problems=100 --samples=128", "budget --problems=100")]
+    if seed in SMALL:
+        parts.append("distill small_zero")
+        OF_A_BASE[f"three tasks, seed {seed}"] = [  # RL on them; countdown is evaluated as well
+            f"python train.py zero --task=all --mix=arithmetic,logic,code "
+            f"--base=out-all{n}/base/ckpt.pt {end}out-three{n}"]
+        CONTROLS[f"unread, seed {seed}"] = [control("unread", "out-all", n)]
+        CONTROLS[f"steps, seed {seed}"] = [control("steps --problems=100", "out", seed)]
     RUNS[f"all tasks, seed {seed}"] = [
         f"python train.py {stages} --task=all {end}out-all{n}" for stages in parts]
-for seed in SMALL:
-    n, end = "" if seed == 1 else seed, f"--seed={seed} --threads=1 --out_dir="
-    OF_A_BASE[f"three tasks, seed {seed}"] = [  # RL on them; countdown is evaluated as well
-        f"python train.py zero --task=all --mix=arithmetic,logic,code "
-        f"--base=out-all{n}/base/ckpt.pt {end}out-three{n}"]
-    CONTROLS[f"unread, seed {seed}"] = [
-        f"python tests/bench/evidence.py unread --threads=1 --out_dir=out-all{n}"]
-    CONTROLS[f"steps, seed {seed}"] = [
-        f"python tests/bench/evidence.py steps --problems=100 --threads=1 --out_dir=out{seed}"]
-for seed in ABLATED:
-    n, end = "" if seed == 1 else seed, f"--seed={seed} --threads=1 --out_dir="
-    OF_A_BASE[f"emoji, seed {seed}"] = [
-        f"python train.py zero_emoji --base=out{seed}/base/ckpt.pt --eval_every=0 {end}"
-        f"out-emoji{n}"]
-    CONTROLS[f"controls, seed {seed}"] = [
-        f"python tests/bench/evidence.py {control} --threads=1 --out_dir=out{seed}" for control in (
-            "shuffle", "alone", "passk --problems=100 --samples=128", "budget --problems=100")]
 RUNS |= OF_A_BASE
 ALL_COMMANDS = RUNS | CONTROLS
 FROM_A_BASE = (*OF_A_BASE, *CONTROLS)
