@@ -139,13 +139,13 @@ class Tokenizer:
         self.shown = re.compile(f"({any_of(set(special) - set(hidden)) or '(?!)'})")
 
     def encode(self, text):
-        """Text to ids. <think> is one where the vocabulary shows it as a token (Qwen3); tokens that
-        `decode` hides are encoded as plain characters."""
+        """Text to ids. Special tokens that `decode` shows (Qwen3's <think>) become their ids, those
+        that it hides plain characters; {question} stays as it is."""
         return self.encode_marked(text, "{question}", self.shown)
 
     def encode_marked(self, text, question="", markers=None):
-        """A template to ids. Its special tokens are meant, those in the question, which replaces
-        {question}, are not."""
+        """A template to ids, with `question` in place of {question}. The template's special tokens
+        become their ids, the question's plain characters."""
         ids = []
         for i, part in enumerate((markers or self.markers).split(text)):
             if i % 2:
@@ -402,7 +402,7 @@ def draw_chat(cfg, rng):
     kind = rng.choice(["greet", "name", "repeat", "shorten", "count", "how"])
     name = rng.choice(NAMES)
     words = rng.sample(THINGS, rng.randint(2, 4))
-    what = target = " ".join(words)
+    what = target = " ".join(words)  # of "repeat"; other kinds change one or both
     if kind == "greet":
         what = f"{name} and {rng.choice([other for other in NAMES if other != name])}"
         target = f"hello {what}"
@@ -496,9 +496,8 @@ def draw_from_file(cfg, rng):
 def draw_problem(cfg, rng, task=None, held_out=False):
     """A problem of `task` (default: by cfg's shares) from the training or the held-out part."""
     if task is None:
-        task, *others = shares = cfg.shares()
-        if others:
-            task = rng.choices(list(shares), list(shares.values()))[0]
+        tasks, shares = zip(*cfg.shares().items(), strict=True)
+        task = rng.choices(tasks, shares)[0] if len(tasks) > 1 else tasks[0]
     for problem in draws(cfg, rng, task, held_out, 20_000):
         return problem
     raise no_problem(cfg, task, held_out)
@@ -591,6 +590,7 @@ def add_chat_template(folder, cfg):
 
 
 def in_words(problem, cfg):
+    """The question as the model is asked it: the toy's wording, or a sentence for real models."""
     if cfg.template == "toy":
         return problem.question
     if problem.task == "countdown":
@@ -603,6 +603,7 @@ def in_words(problem, cfg):
 
 
 def prompt_ids(problem, tok, cfg):
+    """The whole prompt: what the template begins with, worked examples, question, <think>."""
     text, turn, end = TEMPLATES[cfg.template]
     for example, thinking, answer in [e for e in EXAMPLES if e[0].task == problem.task][:cfg.shots]:
         text += turn.replace("{question}", in_words(example, cfg))
@@ -615,8 +616,8 @@ def prompt_ids(problem, tok, cfg):
 
 
 def stops(tok, cfg):
-    """What ends a completion, as `generate` wants it: tokens, the template's first, and for `base`,
-    which has none, the first </answer>."""
+    """(stop ids, find_end) for `generate`: end tokens, the template's first; the template `base`
+    has none, and there the first </answer> ends a completion."""
     end = TEMPLATES[cfg.template][2].strip()
     ids = (tok.special[end], *tok.stop_ids) if end in tok.special else tok.stop_ids
 
@@ -632,6 +633,7 @@ def stops(tok, cfg):
 
 
 def prompt_text(problem, cfg):
+    """The prompt for the reward model and samples.jsonl: the question alone."""
     return problem.prompt if cfg.template == "toy" else in_words(problem, cfg) + "\n"
 
 
@@ -742,7 +744,8 @@ def write_arithmetic(problem, cfg, habits, rng):
     is_easy = re.match(r"\d\D\d=", lines[-1])
     if habits.checks and (is_easy or habits.patience >= ENOUGH["arithmetic"]):
         return lines, problem.target
-    return lines[:-1] * habits.checks, max(0, problem.target + rng.randint(-9, 9))
+    guess = max(0, problem.target + rng.randint(-9, 9))
+    return (lines[:-1] if habits.checks else []), guess
 
 
 def write_logic(problem, cfg, habits, rng):
@@ -753,8 +756,9 @@ def write_logic(problem, cfg, habits, rng):
 
 
 def write_code(problem, cfg, habits, rng):
-    """Tries slopes, x itself first. The rest follows from the first test (above 9 nobody tries it),
-    and the second is checked; who does not check writes that, too, but for the verdict."""
+    """Tries f(x) = x * slope + rest for each slope, x itself first. The rest follows from the first
+    test (above 9 it is not tried), and the second test checks it. Authors who do not check write
+    the first such line without its verdict."""
     x, y, x2, y2 = problem.numbers
     trials = []
     for slope in "x123456789":

@@ -23,8 +23,9 @@ its tokens, the gradient can be estimated from samples, since grad pi = pi grad 
 
 So sample, and push each sample's log-probs up in proportion to its reward. Any baseline b that does
 not depend on the sample may be subtracted from the reward: E[b grad log pi] = b grad sum_o pi(o) =
-b grad 1 = 0, so the mean gradient stays, and a b near the mean reward lowers its noise. PPO, the
-usual algorithm before it, trains a second network to guess that mean; GRPO takes the group's.
+b grad 1 = 0, so the expected gradient stays, and choosing b near the mean reward lowers its
+variance. PPO, the usual algorithm before GRPO, trains a second network to predict that mean; GRPO
+takes the mean of the group.
 
 For every problem q sample o_1 ... o_G from the policy, and reward them with r_1 ... r_G. pi_old is
 the policy that sampled, and stays as it was while pi is trained. All tokens o_t of a completion
@@ -75,14 +76,14 @@ from model import (
 class GRPOConfig:
     rl_steps: int = opt(60, "GRPO steps", least=1)
     rl_lr: float = opt(3e-4, "learning rate of GRPO", above=0, most=1)
-    rl_warmup: int = opt(5, "steps in which it rises to that; then it stays", least=1)
+    rl_warmup: int = opt(5, "steps of linear warm-up to rl_lr, which then stays constant", least=1)
     rl_optimizer: str = opt("adamw", "adamw, or muon: for matrices, AdamW for the rest",
                             choices=("adamw", "muon"))
     eval_every: int = opt(20, "GRPO steps between short evaluations; 0: none", least=0)
     prompts_per_step: int = opt(16, "P, problems per step", least=1)
     group_size: int = opt(16, "G, completions sampled for each problem", least=2)
     max_new_tokens: int = opt(340, "longest completion, in tokens", least=1)
-    temperature: float = opt(1.0, "of sampling, and of every log-prob", least=0.01)
+    temperature: float = opt(1.0, "of sampling, and of the log-probs in the loss", least=0.01)
     adv_norm: str = opt("std", "std: divide by the group's std (GRPO); none: do not (Dr. GRPO)",
                         choices=("std", "none"))
     clip_low: float = opt(0.2, "eps_low: the ratio is clipped below at 1 - this", least=0, most=1)
@@ -129,7 +130,7 @@ class Sample(Completion):
     parts: dict = field(default_factory=dict)  # {name of a reward: its value}
     adv: float = 0.0     # equation (1)
 
-    def __len__(self):
+    def __len__(self):  # of prompt and completion, as they go through the model
         return len(self.prompt) + len(self.ids)
 
 
@@ -203,9 +204,9 @@ def group_advantages(rewards, adv_norm="std"):
     rewards = rewards.double()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     std = rewards.std(dim=1, keepdim=True, correction=0)
-    scale = rewards.abs().amax(dim=1, keepdim=True).clamp(min=1)
+    equal = std <= 1e-6 * rewards.abs().amax(dim=1, keepdim=True).clamp(min=1)
     adv = centred / std if adv_norm == "std" else centred
-    return torch.where(std <= 1e-6 * scale, 0.0, adv).float()  # rounding must not be blown up
+    return torch.where(equal, 0.0, adv).float()  # dividing by such a std would blow up rounding
 
 
 # ------------------------------------------------------------------------------------------------
@@ -220,8 +221,9 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
     averaged over these steps; those in MEANS only over steps that had a completion to learn from,
     nan if none had."""
     samples = [sample for group in groups for sample in group]
-    device, n_steps = next(policy.parameters()).device, cfg.inner_epochs * cfg.minibatches
-    total, learnt = Counter(dict.fromkeys(("loss", *MEANS), 0.0)), 0  # a Counter's update adds
+    device = next(policy.parameters()).device
+    n_steps, n_learnt = cfg.inner_epochs * cfg.minibatches, 0  # all, and those with a completion
+    total = Counter(dict.fromkeys(("loss", *MEANS), 0.0))  # unlike a dict's, its update() adds
     for _ in range(cfg.inner_epochs):
         order = torch.randperm(len(samples), generator=generator)
         for rows in order.tensor_split(cfg.minibatches):
@@ -238,7 +240,7 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
                 batch = [batch[i] for i in kept]
                 n_tokens, weights = n_tokens[kept], weights[kept]
             share = n_tokens / n_tokens.sum()
-            learnt += bool(batch)
+            n_learnt += bool(batch)
             i = 0
             while i < len(batch):
                 n = max(1, cfg.micro_tokens // len(batch[i]))  # the first is the longest
@@ -259,7 +261,7 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
             taken = optimizers if teaches else []
             grad_norm, skipped = apply_gradients(policy, taken, cfg.max_grad_norm)
             total.update(grad_norm=grad_norm, skipped=skipped)
-    return {name: value / ((learnt or math.nan) if name in MEANS else n_steps)
+    return {name: value / ((n_learnt or math.nan) if name in MEANS else n_steps)
             for name, value in total.items()}
 
 
@@ -278,8 +280,8 @@ def collate(samples, device):
 
 
 def token_weights(n_tokens, N, cfg):
-    """What one token of each completion counts in the loss: lengths (n,) of the completions that an
-    optimiser step learns from -> (n,), float64. `N` counts those that were left out as well."""
+    """The weight in the loss of one token of each completion: lengths (n,) of the completions of an
+    optimiser step -> (n,), float64. `N` also counts those that `mask_truncated` left out."""
     n_tokens = n_tokens.double()
     if cfg.loss_norm == "token":
         return torch.ones_like(n_tokens) / n_tokens.sum().clamp(min=1)
@@ -291,8 +293,8 @@ def token_weights(n_tokens, N, cfg):
 def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
     """Equations (2)-(5): log-probs and mask (N, T), advantages (N,) -> (loss, metrics as floats,
     means over the mask's tokens). `logp_ref` may be None if cfg.kl_coef is 0. `weights` (N,) are
-    the rows' share of a larger batch's `token_weights`, so that its parts' losses sum to the
-    whole's."""
+    these rows' `token_weights` in the whole batch, so that the losses of its micro-batches sum to
+    the batch's; None: these rows are the batch."""
     mask, adv = mask.bool(), adv[:, None]
     if weights is None:
         weights = token_weights(mask.sum(dim=1), len(mask), cfg)
@@ -327,7 +329,8 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
     with torch.no_grad():
         was_clipped = clipped * adv < ratio * adv  # only the KL still has a gradient there
         sampler_kl = log_ratio.exp() - log_ratio - 1  # k3 again: of sampler and trained policy
-        kl = kl if logp_ref is not None else kl + math.nan  # without a reference: unknown, not 0
+        if logp_ref is None:
+            kl = torch.full_like(kl, math.nan)  # unknown, not 0
         # -log pi_old of what was sampled estimates the sampler's entropy per token.
         values = torch.stack([ratio, log_ratio, sampler_kl, kl, was_clipped.to(ratio),
                               -logp_old.to(ratio)])
@@ -345,7 +348,7 @@ def log_step(run, step, sampled, update, took, update_s, cfg):
     samples = [sample for group in sampled for sample in group]
     lengths = [len(sample.ids) for sample in samples]
     same = [group for group in sampled if not any(sample.adv for sample in group)]
-    accuracy = [{sample.parts.get("accuracy") for sample in group} for group in sampled]
+    outcomes = [{sample.parts.get("accuracy") for sample in group} for group in sampled]
 
     def mean(values):  # nan: this reward does not judge this problem
         return torch.tensor(values, dtype=torch.float64).nanmean().item()
@@ -355,10 +358,10 @@ def log_step(run, step, sampled, update, took, update_s, cfg):
         "step": step, "reward": mean([sample.reward for sample in samples]),
         **{f"reward/{name}": value for name, value in parts.items()}, "length": mean(lengths),
         "truncated": mean([sample.truncated for sample in samples]),
-        # Groups that teach nothing; groups that are right, or wrong, throughout.
+        # The share of groups that teach nothing; of those with no outcome but right, or but wrong.
         "zero_variance": len(same) / len(sampled),
-        "all_right": accuracy.count({1}) / len(sampled),
-        "all_wrong": accuracy.count({0}) / len(sampled), **update,
+        "all_right": outcomes.count({1}) / len(sampled),
+        "all_wrong": outcomes.count({0}) / len(sampled), **update,
         "tokens_per_s": sum(lengths) / took, "sample_s": took - update_s, "update_s": update_s,
         "seconds": run.seconds}
     tasks = {getattr(sample.problem, "task", "") for sample in samples}

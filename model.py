@@ -71,7 +71,7 @@ def validate(cfg):
 
 
 def pick(cls, settings):
-    """A settings dataclass from those of {name: value} that it has a field for."""
+    """A `cls` from those of {name: value} that it has a field for; the others are ignored."""
     return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
 
@@ -142,23 +142,8 @@ def apply_rope(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-class OneDNN(torch.autograd.Function):
-    """x (..., C) times weight (C', C) transposed, fp32, by oneDNN in place of torch's own MKL."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
-        return OneDNN.apply(grad, weight.T), OneDNN.apply(flat.T, x.flatten(0, -2).T)
-
-
 class Linear(nn.Linear):
-    """nn.Linear, through oneDNN where `onednn` is set and the product is large and in fp32."""
+    """nn.Linear; with `onednn` large fp32 products go through oneDNN, on some CPUs the faster."""
     onednn = False
 
     def forward(self, x):
@@ -168,41 +153,6 @@ class Linear(nn.Linear):
             y = OneDNN.apply(x, self.weight)
             return y if self.bias is None else y + self.bias
         return super().forward(x)
-
-
-class LoRA(Linear):
-    """Another layer's weight W, frozen and shared, with a low-rank matrix learnt beside it (arXiv
-    2106.09685): y = W x + alpha / rank B A x. The product is not added to W before training ends:
-    in bfloat16, small updates would vanish in it."""
-
-    def __init__(self, linear, rank, alpha, generator):
-        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
-        device, (n_out, n_in) = self.weight.device, self.weight.shape
-        self.A = nn.Parameter(torch.randn(rank, n_in, generator=generator).to(device) / n_in ** 0.5)
-        self.B = nn.Parameter(torch.zeros(n_out, rank, device=device))  # at first nothing changes
-
-    def forward(self, x):
-        y = super().forward(x)
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.A.dtype)  # fp32, also where W is in bfloat16
-        return y.add_(F.linear(F.linear(x, self.A), self.B).to(y.dtype), alpha=self.scale)
-
-
-def onednn_pays():
-    """Whether oneDNN is clearly faster than torch's own product, as on AMD CPUs with AVX-512."""
-    x, weight = (torch.ones(n, 128, requires_grad=True) for n in (2048, 256))
-    seconds = {}
-    try:
-        for product in 6 * [F.linear, OneDNN.apply]:
-            start = time.process_time()
-            product(x, weight).sum().backward()
-            took = time.process_time() - start
-            seconds[product] = min(took, seconds.get(product, took))
-    except (AttributeError, RuntimeError, NotImplementedError):  # a private operator of torch
-        return False
-    plain, onednn = seconds.values()
-    return plain > 1.4 * onednn
 
 
 class Attention(nn.Module):
@@ -221,7 +171,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.d_head).transpose(1, 2)  # (B, H or K, T, D)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        # In fp32 also under autocast.
+        # Norm and RoPE in the dtype of cos: fp32, also under autocast.
         q, k = (apply_rope(norm(y.to(cos.dtype)), cos, sin).to(v.dtype)
                 for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         if cache is not None:
@@ -279,7 +229,7 @@ class GPT(nn.Module):
         cos, sin = rope_table(cfg)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        # How `hidden` computes, set by train.py's flags of these names.
+        # How `hidden` computes; `Run.set_up` in train.py sets these.
         self.autocast, self.checkpointing, self.compiled_trunk = False, False, None
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -307,16 +257,17 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def hidden(self, idx):
-        """`trunk` as training runs it. Autocast covers no more than a forward pass: while it lasts,
-        torch keeps its bfloat16 copies of the weights, even across optimiser steps."""
+        """`trunk` as training runs it, ids (B, T) -> (B, T, C). Autocast ends with it: it keeps
+        bfloat16 copies of the weights, which an optimiser step would outdate."""
         with torch.autocast(idx.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             if not (self.compiled_trunk or self.checkpointing):
                 return self.trunk_sharing_prefix(idx)
             return (self.compiled_trunk or self.trunk)(idx)
 
     def trunk_sharing_prefix(self, idx):
-        """`trunk`, but the first columns are computed once if all rows have the same ids there, as
-        in instructions and worked examples, where they are a quarter of a row or more."""
+        """`trunk`, but a prefix that all rows share (instructions, worked examples) is computed
+        once, if it is a quarter of a row or more. At least two columns are left for the rest, since
+        `Attention` takes a single one for decoding."""
         (N, T), device = idx.shape, idx.device
         n = min(int((idx == idx[0]).all(dim=0).long().cumprod(0).sum()), T - 2)
         if N == 1 or 4 * n < T or T > self.cfg.context:
@@ -467,9 +418,9 @@ class Completion:
 @torch.no_grad()
 def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, stop_ids=(),
              generator=None, find_end=None, share_prefix=True, drop_rows=True, static=None):
-    """Samples `group_size` completions of each prompt (lists of ids) from the whole softmax ->
-    Completions, number i of prompt i // group_size. Raises UserError if a prompt does not fit.
-    A completion ends with a stop id, or after find_end(its ids) tokens if that is not 0.
+    """Samples `group_size` completions of each prompt (a list of ids) from the whole softmax -> a
+    list of Completions, those of a prompt side by side. Raises UserError if a prompt does not fit.
+    A completion ends at a stop id, or after n tokens if find_end(its ids) returns an n above 0.
 
     Row i draws the same random numbers whatever the other rows do: `share_prefix`, `drop_rows` and
     `static` (CUDA graphs; None = on CUDA) save time and change no sample but by rounding."""
@@ -538,17 +489,18 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
 
     # ---- Collect: what each row said up to its first end token, which belongs to it
     is_end = torch.isin(new, stop)
-    new_lens = (is_end.cumsum(1) - is_end.int() == 0).sum(1).tolist()
+    new_lens = (is_end.cumsum(1) - is_end.int() == 0).sum(1).tolist()  # tokens with no end before
     ids, logps, truncated = new.tolist(), new_logp.cpu(), (~is_end.any(1)).tolist()
-    for i, n in enumerate(new_lens if find_end else []):
-        found = find_end(ids[i][:n])
-        new_lens[i], truncated[i] = found or n, truncated[i] and not found
+    for i in range(N if find_end else 0):
+        found = find_end(ids[i][:new_lens[i]])
+        if found:
+            new_lens[i], truncated[i] = found, False
     return [Completion(prompts[i // group_size], ids[i][:n], logps[i, :n], truncated[i])
             for i, n in enumerate(new_lens)]
 
 
 def sampling_copy(model, dtype):
-    """What samples in the model's place: the model, or a frozen copy with weights of `dtype`."""
+    """The model to sample from: `model` if its weights are of `dtype`, else a frozen copy in it."""
     if dtype == model.embed.weight.dtype:
         return model
     return copy.deepcopy(model).requires_grad_(False).to(dtype)
@@ -567,8 +519,28 @@ def sync_weights(sampler, model):
 
 
 def same_weights(model):
-    """Other modules around the very same tensors: an adapter in the one is not in the other."""
+    """A second model around the same tensors: an adapter added to one is not in the other."""
+    # deepcopy does not copy what the dict that it is given already holds.
     return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+
+
+class LoRA(Linear):
+    """Another layer's weight W, frozen and shared, with a low-rank matrix learnt beside it (arXiv
+    2106.09685): y = W x + alpha / rank B A x. The product is not added to W before training ends:
+    in bfloat16, small updates would vanish in it."""
+
+    def __init__(self, linear, rank, alpha, generator):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        device, (n_out, n_in) = self.weight.device, self.weight.shape
+        self.A = nn.Parameter(torch.randn(rank, n_in, generator=generator).to(device) / n_in ** 0.5)
+        self.B = nn.Parameter(torch.zeros(n_out, rank, device=device))  # at first nothing changes
+
+    def forward(self, x):
+        y = super().forward(x)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.A.dtype)  # fp32, also where W is in bfloat16
+        return y.add_(F.linear(F.linear(x, self.A), self.B).to(y.dtype), alpha=self.scale)
 
 
 def add_lora(model, rank, alpha, generator):
@@ -724,7 +696,7 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"there is no checkpoint at {path}; python train.py makes one")
     with reading(path, "a complete checkpoint; if training made it, delete it to make it again"):
         state = torch.load(path, map_location=device, weights_only=True)
-        state["model_config"], state["model"], dict(state.get("settings", {}))
+        state["model_config"], state["model"], dict(state.get("settings", {}))  # raises if absent
     return state
 
 
@@ -739,6 +711,41 @@ def model_of(state, path, device="cpu", cls=GPT):
 
 def load_model(path, device="cpu", cls=GPT):
     return model_of(load_checkpoint(path, device), path, device, cls)
+
+
+# ------------------------------------------------------------------------------------------------
+# To skip at first: oneDNN, for CPUs on which it is faster than torch's own matrix product
+
+
+class OneDNN(torch.autograd.Function):
+    """x (..., C) times weight (C', C) transposed, fp32, by oneDNN in place of torch's own MKL."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        flat = grad.flatten(0, -2)
+        return OneDNN.apply(grad, weight.T), OneDNN.apply(flat.T, x.flatten(0, -2).T)
+
+
+def onednn_pays():
+    """Whether oneDNN is clearly faster than torch's own product, as on AMD CPUs with AVX-512."""
+    x, weight = (torch.ones(n, 128, requires_grad=True) for n in (2048, 256))
+    seconds = {}
+    try:
+        for product in 6 * [F.linear, OneDNN.apply]:
+            start = time.process_time()
+            product(x, weight).sum().backward()
+            took = time.process_time() - start
+            seconds[product] = min(took, seconds.get(product, took))
+    except (AttributeError, RuntimeError, NotImplementedError):  # a private operator of torch
+        return False
+    plain, onednn = seconds.values()
+    return plain > 1.4 * onednn
 
 
 # ------------------------------------------------------------------------------------------------

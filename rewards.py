@@ -1,7 +1,7 @@
 """What a completion earns: rules, and a reward model. A reward is (problems, texts) -> list[float].
 
 Completions are hostile input. They are bounded, parsed by hand and never evaluated; any text gets a
-score, and quickly. Arithmetic is exact: 8/(3-8/3) makes 24 and nothing else does by rounding.
+score, and quickly. Arithmetic is exact: 8/(3-8/3) makes 24, and nothing makes 24 by rounding.
 
     python -c "import data, rewards; p = data.countdown_problem((3, 7, 2), 20); \
                print(rewards.accuracy([p], ['<answer>(3+7)*2</answer>']))"
@@ -96,9 +96,9 @@ def retries(text):
 
 
 def form_of(node):
-    """An expression as a text that neither the order of terms and factors nor needless brackets
-    change. Its node: its value, "+-" or "*/" ("" for an atom), terms, and terms subtracted; or
-    factors, and factors that it is divided by."""
+    """The canonical text of an expression: neither the order of terms and factors nor needless
+    brackets change it. A node is (value, ops, terms, less): ops is "+-" or "*/", or "" for a number
+    or x; `less` are the terms that are subtracted, or the factors that are divided by."""
     _, ops, terms, less = node
     if not ops:
         return terms[0]
@@ -106,6 +106,7 @@ def form_of(node):
 
 
 def terms_of(node, ops):
+    """(terms, less) of a node in a chain of `ops`, where a chain of other ops is one term."""
     _, own_ops, terms, less = node
     return (terms, less) if own_ops in ("", ops) else ([form_of(node)], [])
 
@@ -117,7 +118,8 @@ def parse_expression(text, x=None):
     if len(text) > MAX_ANSWER:
         return None
     text = text.translate(str.maketrans("×÷−", "*/-"))
-    tokens, numbers = re.findall(r"[0-9]+|\S", text)[::-1], []
+    tokens = re.findall(r"[0-9]+|\S", text)[::-1]  # a stack: pop() takes the next one
+    numbers = []
 
     def atom():
         token = tokens.pop() if tokens else ""
@@ -188,8 +190,8 @@ def verify_code(problem, answer):
 
 
 def verify_reply(problem, answer):
-    """Right if a reply does what was asked (chat) or declines (unsafe), politely, boasting or
-    not."""
+    """Right if a reply does what was asked (chat) or declines (unsafe); a friendly opening and a
+    boast at the end change nothing."""
     if len(answer) > MAX_ANSWER:
         return None, False
     said = answer.removeprefix(FRIENDLY[problem.task]).removesuffix(BOAST)
@@ -485,7 +487,8 @@ def checked(name, reward, problems, texts):
 
 
 class Environment:
-    """Where `train_grpo` gets problems and rewards: text on this side, token ids on its."""
+    """The `env` of `train_grpo`: draws problems, and turns token ids into text and text into
+    rewards."""
 
     def __init__(self, tok, data_cfg, reward_cfg, max_new_tokens, judge=None):
         """`judge` is a RewardModel, wanted if there is a weight on preference."""
@@ -503,7 +506,7 @@ class Environment:
 
     def reward(self, samples):
         """N samples, of which it reads problem, text and ids -> (N totals, N dicts of parts)."""
-        def length(problems, texts):  # it judges all problems, so these are all samples
+        def length(problems, texts):  # a reward that applies to all, so these are all samples
             return overlong_penalty([len(s.ids) for s in samples], self.max_new_tokens)
 
         problems, texts = [s.problem for s in samples], [s.text for s in samples]

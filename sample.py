@@ -212,7 +212,8 @@ NO_FILE = {"task": "countdown", "mix": "", "data": "", "eval_data": ""}
 
 def open_checkpoint(given, path="", beside=None):
     """(path, model, tokenizer, Config) of a checkpoint, with the settings that it was trained with
-    unless others are given; or of a Hugging Face folder, with those of a model `beside` it."""
+    unless others are given; or of a Hugging Face folder, with the settings `beside`, which are
+    those of the model that it is shown next to."""
     out_dir = given.get("out_dir", SampleConfig.out_dir)
     path = path or given.get("ckpt") or given.get("init_from")
     path = path or os.path.join(out_dir, "zero", "ckpt.pt")
@@ -308,13 +309,14 @@ def evaluate(model, tok, problems, k, cfg, temperature):
     verdicts = [(s["answer"], s["right"]) for s in samples]
     votes = [majority_vote(verdicts[i:i + k]) for i in range(0, n * k, k)]
     right = torch.tensor([right for _, right in verdicts]).double().view(n, k)
-    mean, apart = right.mean().item(), Counter()
+    mean, clusters = right.mean().item(), Counter()
     for problem, deviation in zip(problems, (right.mean(dim=1) - mean).tolist(), strict=True):
-        apart[data.without_names(problem)] += deviation
-    var = sum(x * x for x in apart.values()) * len(apart) / max(1, len(apart) - 1) / n ** 2
-    half = 1.96 * var ** 0.5 if len(apart) > 1 else 1.0
-    if mean in (0.0, 1.0):  # no deviation says nothing of the next problem: the exact interval's
-        half = 1 - 0.025 ** (1 / len(apart))
+        clusters[data.without_names(problem)] += deviation
+    m = len(clusters)
+    var = sum(x * x for x in clusters.values()) * m / max(1, m - 1) / n ** 2  # of the mean
+    half = 1.96 * var ** 0.5 if m > 1 else 1.0
+    if mean in (0.0, 1.0):  # no spread to estimate it from: the exact (Clopper-Pearson) interval
+        half = 1 - 0.025 ** (1 / m)
     metrics = {"pass@1": mean, "pass@1_ci": [max(0.0, mean - half), min(1.0, mean + half)],
                f"pass@{k}": sum(pass_at_k(k, int(c), k) for c in right.sum(dim=1)) / n,
                f"cons@{k}": sum(votes) / n}
@@ -380,9 +382,10 @@ def win_rates(samples, tok, out_dir):
 
 
 def rejection_sample(problems, texts, filters, rank=None):
-    """The first of texts[i], completions of problems[i], that passes all filters {name: (problem,
-    text) -> bool}; with a `rank` the highest, and only each task's better half -> ((problem, text)
-    rows, {filter: how many passed it})."""
+    """Keeps of texts[i], completions of problems[i], the first that passes all filters {name:
+    (problem, text) -> bool}. With a `rank`, (problem, text) -> number, it keeps the highest
+    instead, and of each task the better half -> ((problem, text) rows, {filter: how many
+    passed})."""
     passed, rows = Counter(), []
     for problem, said in zip(problems, texts, strict=True):
         for name, passes in filters.items():
@@ -427,6 +430,7 @@ def read_results(folder):
     results = read_json(path)
     with reading(path, "an evaluation; delete it, and the same command makes it again"):
         for task in set(results) & set(data.TASKS):
+            # Raises unless they are there, and numbers.
             results[task]["samples"] + results[task]["problems"] + results[task]["pass@1"]
     return results
 
@@ -511,8 +515,8 @@ def fit(text, width):
 
 
 def ask(args, given, path, beside=None):
-    """The problems that the flags name, what `render` makes of a completion of each, and the
-    settings that these were asked with."""
+    """(path, problems, what `render` makes of a completion of each, settings): what the checkpoint
+    at `path` answers to the problems that the flags name, and the settings it was asked with."""
     path, model, tok, cfg = open_checkpoint(given, path, beside)
     if args.question:
         problems = [data.Problem("file", args.question, (), "")] * args.n
@@ -559,7 +563,7 @@ def main(argv):
 def show_answers(given):
     args = pick(AskConfig, given)
     validate(args)
-    own = ["seed", "temperature", *["max_new_tokens"] * (not args.max_new_tokens)]
+    own = ["seed", "temperature"] + ([] if args.max_new_tokens else ["max_new_tokens"])
     given = {name: value for name, value in given.items() if name not in own}
     if (args.numbers or args.question) and "data" not in given:
         given = {**NO_FILE, **given}

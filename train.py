@@ -135,14 +135,15 @@ TASK_DEFAULTS = {  # what suits a task better; short documents: more and smaller
 
 
 def stage_config(stage, given, tok):
-    """Default < task (or real weights) < stage < command line. Raises UserError on bad values."""
+    """A stage's Config: defaults < its task's, or a real model's < the stage's < the command line,
+    `given`. Raises UserError on bad values."""
     folder = given.get("init_from", "")
-    task = REAL_DEFAULTS if folder else TASK_DEFAULTS.get(given.get("task"), {})
+    defaults = REAL_DEFAULTS if folder else TASK_DEFAULTS.get(given.get("task"), {})
     if folder and given.get("lora_rank"):
-        task = REAL_DEFAULTS | LORA_DEFAULTS
+        defaults = REAL_DEFAULTS | LORA_DEFAULTS
     if stage.kind != "rl":  # it has no rewards, and their weights need not make sense for it
         given = {key: value for key, value in given.items() if key not in names(RewardConfig)}
-    cfg = Config.of({"vocab_size": tok.n_vocab, **task, **stage.settings, **given})
+    cfg = Config.of({"vocab_size": tok.n_vocab, **defaults, **stage.settings, **given})
     if cfg.train.lora_rank and cfg.grpo.ref_every:
         raise UserError(f"ref_every={cfg.grpo.ref_every}: with --lora_rank the reference is the "
                         f"model without its adapters, always")
@@ -180,8 +181,9 @@ def refuse_other_settings(cfg, state, keys, path, advice):
 
 
 def longest_prompt(cfg, tok):
-    """Its length, and that of what all prompts begin with, in tokens. Raises UserError, before any
-    training, if a completion may not fit behind it."""
+    """(length of the longest prompt, length of what all prompts begin with), in tokens, after
+    problems of files with too long a prompt are left out. Raises UserError, before any training, if
+    a completion may not fit behind a prompt."""
     data.leave_out_long(cfg.data, tok, cfg.model.context - cfg.grpo.max_new_tokens)
     prompts = [data.prompt_ids(problem, tok, cfg.data)
                for problem in data.eval_problems(cfg.data, 50)]
@@ -202,13 +204,13 @@ def names(cls, *left_out):
 CORPUS = ["task", "n_numbers", "max_number", "ops"]
 BASE = ["init_from", "seed", *CORPUS, "base_optimizer", "base_steps", "base_lr", "base_rows",
         "base_length", *names(GPTConfig)]
-PROBLEMS = [*BASE, *names(DataConfig, "eval_problems", *CORPUS), "base", "traces", "lora_rank",
-            "lora_alpha"]  # of the base, too: what grew from another one is no part of this run
-SFT = [*PROBLEMS, "source_problems", "source_samples", "max_new_tokens", "temperature",
+INHERITED = [*BASE, *names(DataConfig, "eval_problems", *CORPUS), "base", "traces", "lora_rank",
+             "lora_alpha"]  # BASE is in it: a stage grown from another base is of another run
+SFT = [*INHERITED, "source_problems", "source_samples", "max_new_tokens", "temperature",
        "sft_steps", "sft_lr", "sft_rows"]
 RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
     "base": BASE,
-    "rl": [*PROBLEMS, *names(RewardConfig),
+    "rl": [*INHERITED, *names(RewardConfig),
            *names(GRPOConfig, "rl_steps", "eval_every", "micro_tokens")],
     "sft": [*SFT, "general_replies"],
     "pairs": [*SFT, "label_noise"],
@@ -236,6 +238,7 @@ class Run:
         steps = {"base": "base_steps", "rl": "rl_steps"}.get(self.stage.kind, "sft_steps")
         self.steps = cfg.settings()[steps]
         self.seconds, self.skipped, self.rows, self.stopping = 0.0, 0, 0, False
+        self.began, self.ended = time.time(), 0.0  # when it was trained at first, and at last
         self.dir, self.saved = os.path.join(cfg.sample.out_dir, name), {"step": 0}
         os.makedirs(self.dir, exist_ok=True)
         if os.path.exists(self.path("ckpt.pt")):
@@ -244,12 +247,14 @@ class Run:
                 raise UserError(f"{self.path('ckpt.pt')} is no checkpoint of {name}: move it away")
             keys, then = RESUME_KEYS[self.stage.kind], self.saved.get("settings", {})
             if not asked and self.saved["step"] >= then.get(steps, math.inf):
-                # Finished, and only what others start from: --rl_lr, say, is meant for these.
-                self.steps, keys = self.saved["step"], [key for key in keys if key in PROBLEMS]
+                # Finished, and needed only by others: --rl_lr, say, is meant for those.
+                self.steps, keys = self.saved["step"], [key for key in keys if key in INHERITED]
             refuse_other_settings(cfg, self.saved, keys, self.dir,
                                   "delete it or choose another --out_dir")
-        # Checkpoints say what "auto" meant. A run goes on in that dtype, and whatever asks it later
-        # samples in it, since weights move less in RL than bfloat16 can show.
+            self.began = self.saved.get("began", self.began)
+            self.ended = self.saved.get("ended", self.ended)
+        # Checkpoints say what "auto" meant. A resumed run and all later sampling keep that dtype,
+        # because RL moves weights by less than bfloat16 can represent.
         then = self.saved.get("settings", {})
         cfg.sample.sample_dtype = given.get("sample_dtype") or then.get("sample_dtype", "auto")
         on_folder = cfg.sample.init_from and self.stage.parent in (None, "base")
@@ -292,8 +297,8 @@ class Run:
         if stage == "base" and real:
             dtype = self.sample_dtype if self.cfg.train.lora_rank else torch.float32
             return from_pretrained(real, self.cfg.model.context, dtype, self.device)
-        path = os.path.join(out_dir, stage, "ckpt.pt")
-        return load_model(stage == "base" and self.cfg.train.base or path, self.device, cls)
+        base = self.cfg.train.base if stage == "base" else ""
+        return load_model(base or os.path.join(out_dir, stage, "ckpt.pt"), self.device, cls)
 
     def to_ask(self, stage):
         """The settings to ask a finished stage with."""
@@ -351,8 +356,10 @@ class Run:
     def end_step(self, step, steps, model, optimizers, ref=None):
         every = self.cfg.train.save_every * (1 if self.stage.kind == "rl" else 10)
         if step % every == 0 or step == steps or self.stopping:
+            self.ended = time.time()
             save_checkpoint(self.path("ckpt.pt"), {
                 "stage": self.name, "step": step, "seconds": self.seconds,
+                "began": self.began, "ended": self.ended,
                 "settings": self.cfg.settings(), "model_config": asdict(model.cfg),
                 "model": merged_state(model), "optimizers": [o.state_dict() for o in optimizers],
                 "trained": self.cfg.train.lora_rank and {
@@ -455,7 +462,7 @@ def train_rl(run):
         else:
             bf16 = sample.use_bf16(cfg.train.ref_dtype, run.device)
             ref = copy.deepcopy(policy).to(torch.bfloat16 if bf16 else torch.float32)
-        # By itself: a copy of what is compiled would run the policy's weights.
+        # Before the policy: a copy of a compiled model would still run the original's weights.
         run.set_up(ref.requires_grad_(False), adapters=False)
     run.set_up(policy)
     if cfg.rewards.w_preference and set(cfg.data.shares()) & set(data.GENERAL):
@@ -578,7 +585,7 @@ def train_reward_model(run):
     with reading(path, f"what {run.name} writes; delete it to make it again"):
         pairs = [pair for pair in read_lines(path) if not pair["held_out"]]
         for pair in pairs:
-            pair["prompt"] + pair["preferred"] + pair["other"]  # texts, all of them
+            pair["prompt"] + pair["preferred"] + pair["other"]  # raises unless all are texts
     if not pairs:
         raise UserError(f"{run.name}: no two answers of {run.stage.source} differ in gold reward")
     gpt = run.load(run.stage.parent)
@@ -611,8 +618,8 @@ def annotate(run, held_out):
     """Lines of pairs.jsonl: two answers to a request, the one that annotators prefer first."""
     problems, texts = source_samples(run, data.GENERAL, held_out)
     rng, _ = generators(run.seed, run.name, "annotators", held_out)
-    # What the policy will not show by itself, the judge must see: of eight answers one is to a
-    # similar request, and two are their neighbours with a slip.
+    # The reward model must see faults that dev3 rarely makes, but RL would find: of eight answers
+    # one is to a similar request, and two are the answer before them with a slip.
     order = sorted(range(len(problems)), key=lambda i: problems[i].question)
     strays = {i: texts[j][1::8] for i, j in zip(order, order[1:] + order[:1], strict=True)}
     for i, said in enumerate(texts):
@@ -705,7 +712,7 @@ def stage_of(name, given):
 def resolve_dependencies(stages, given=None):
     """The given stages and all that they need, in the order in which they run."""
     needed, given = set(stages), given or {}
-    for name in reversed(STAGES):
+    for name in reversed(STAGES):  # what a stage needs is above it: one pass will do
         if name in needed:
             stage = stage_of(name, given)
             needed |= {stage.parent, stage.source}
@@ -726,9 +733,14 @@ def check_stages(stages, given):
         data.read_traces(traces, tok, stage_config(STAGES["sft"], given, tok).data)
 
 
-def run_stage(name, given, asked=True):
-    """Trains and evaluates a stage unless that is done -> its Run."""
+def run_stage(name, given, asked=True, earlier=None):
+    """Trains and evaluates a stage unless that is done -> its Run. Raises UserError if one of the
+    `earlier` stages {name: Run} that it grew from was trained again, or on, since then."""
     run, is_rm, base = Run(name, given, asked), name == "reward_model", given.get("base")
+    for other in (run.stage.parent, run.stage.source):
+        if other in (earlier or {}) and earlier[other].ended > run.began:
+            raise UserError(f"{run.dir} grew from an earlier {other}: delete it and the stages "
+                            f"after it, or choose another --out_dir")
     result = "pairs" if is_rm else run.cfg.data.tasks()[0]
     if name == "base" and (run.cfg.sample.init_from or base):
         print(f"base: {run.cfg.sample.init_from or base}")  # trained elsewhere
@@ -1002,8 +1014,9 @@ def run_command_line(words, given):
         check_stages(stages, given)
         if given.get("init_from"):
             return_memory()
+        runs = {}
         for name in stages:
-            run = run_stage(name, given, name in words)
+            run = runs[name] = run_stage(name, given, name in words, runs)
         results = all_results(run.cfg.sample.out_dir)
         print_tables(results, run.cfg.data.tasks())
         print_next(run, results, given)

@@ -162,6 +162,8 @@ def test_evaluating_on_the_way_changes_nothing(finished, monkeypatch):
     assert torch.equal(weights(finished / "evidence" / "steps" / "zero"),
                        weights(finished / "zero"))
     assert report["points"]["3"]["countdown"] == results(finished / "zero")["countdown"]
+    for name, value in report["points"]["0"]["countdown"].items():  # on the same three problems
+        assert value == pytest.approx(results(finished / "base")["countdown"][name])
     assert list(report["length"]["countdown"]["length"].values()) == [
         point["countdown"]["length"] for point in report["points"].values()]
     monkeypatch.setattr(evidence.train, "run_command_line", None)  # all is there already

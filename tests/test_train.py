@@ -596,6 +596,20 @@ def test_what_grew_from_another_base_is_no_part_of_a_run(finished, tmp_path, cap
     assert "zero was trained with n_layer=1, not 2" in err
 
 
+def test_a_stage_does_not_outlive_those_that_it_grew_from(whole, tmp_path, lenient, capsys):
+    shutil.copytree(whole, tmp_path / "out")
+    flags = ["dev2", *PIPELINE, f"--out_dir={tmp_path / 'out'}"]
+    train.main(flags)  # all is as it was made: done
+    run(tmp_path / "out", "zero", tiny=[*PIPELINE, "--rl_steps=4"])  # zero goes on
+    err = refusal(train.main, flags, capsys)
+    assert "dev1 grew from an earlier zero" in err
+    shutil.rmtree(tmp_path / "out" / "dev1")
+    assert "dev2 grew from an earlier dev1" in refusal(train.main, flags, capsys)
+    shutil.rmtree(tmp_path / "out" / "dev2")
+    train.main(flags)
+    assert (tmp_path / "out" / "dev2" / "eval.json").exists()
+
+
 def test_settings_are_for_the_stages_that_are_named(whole, tmp_path, lenient):
     out = tmp_path / "out"
     shutil.copytree(whole, out)

@@ -248,6 +248,23 @@ def cons(verdicts, k, n):
     return sum(map(sample.majority_vote, groups)) / len(groups)
 
 
+def first_problems(ckpt, n, tasks):
+    """pass@1, the majority vote and the length of a base in those n held-out problems of each task
+    whose samples lie beside its checkpoint, as `sample.evaluate` counts them."""
+    folder = os.path.dirname(ckpt)
+    lines, found = sample.read_lines(os.path.join(folder, "samples.jsonl")), {}
+    for task in tasks:
+        k = sample.read_results(folder)[task]["samples"]
+        own = [line for line in lines if line["task"] == task][:n * k]
+        votes = [sample.majority_vote([(s["answer"], s["right"]) for s in own[i:i + k]])
+                 for i in range(0, len(own), k)]
+        found[task] = {"pass@1": sum(s["right"] for s in own) / len(own),
+                       f"cons@{k}": sum(votes) / len(votes),
+                       "length": sum(s["length"] for s in own) / len(own),
+                       "problems": len(votes), "samples": k}
+    return found
+
+
 def steps(args, given, path):
     """RL from the run's base as in zero, evaluated every so many steps; goes on from what an
     earlier call has written."""
@@ -263,8 +280,8 @@ def steps(args, given, path):
         train.run_command_line(["zero"], {**settings, "rl_steps": step, "out_dir": folder})
         if load_checkpoint(os.path.join(zero, "ckpt.pt"))["step"] != step:
             raise UserError(f"{zero} is beyond step {step}, which {path} lacks: delete it")
-        for at, stage in (("0", "base"), (str(step), "zero")):
-            points[at] = results_of(os.path.join(folder, stage), tasks)
+        points["0"] = first_problems(settings["base"], settings["eval_problems"], tasks)
+        points[str(step)] = results_of(zero, tasks)
         sample.write_json(path, {"points": points})
     vote = next(key for key in points["0"][tasks[0]] if key.startswith("cons@"))
     curves = {key: {task: {name: {at: point[task][name] for at, point in points.items()}

@@ -276,7 +276,7 @@ def recipe_table(runs):
                 ("unsafe declined", "unsafe", "pass@1", pct),
                 ("chat thinks", "chat", "thinks", pct),
                 ("in chat other answers than dev3's", "win_rate", "differ", pct),
-                ("of these better", "win_rate", "gold", pct),
+                ("of these win (ties half)", "win_rate", "gold", pct),
                 ("... says the judge", "win_rate", "reward_model", pct)]
     rows = []
     for stage in STAGES:
@@ -361,7 +361,7 @@ def claims(results):
         return (f"chat right {get(of, 'dev3', task='chat')} → {get(of, stage, task='chat')}, "
                 f"declined {get(of, 'dev3', task='unsafe')} → {get(of, stage, task='unsafe')}; "
                 f"chat answered otherwise than by dev3: {get(of, stage, 'differ', 'win_rate')}, "
-                f"of these better {get(of, stage, 'gold', 'win_rate')}, says the reward model "
+                f"of these win {get(of, stage, 'gold', 'win_rate')}, says the reward model "
                 f"{get(of, stage, 'reward_model', 'win_rate')} %")
 
     def more_gold(of, stage):
@@ -372,48 +372,48 @@ def claims(results):
         return stages[stage]["countdown"][key]
 
     rows = [  # claim, runs, what was measured of those that have it, check of one run
-        ["of the base's samples at most 1 % have all tags and 18 misses or more, of zero's 30 % or "
-         "more (no author of the corpus has)", toy,
+        ["at most 1 % of the base's samples, but 30 % of zero's or more, have all tags and 18 "
+         "misses or more, which no author of the corpus combines", toy,
          lambda of: f"{get(of, 'base', 'all_habits')} → {get(of, 'zero', 'all_habits')} %",
          lambda s: main(s, "base", "all_habits") <= 0.01 and main(s, "zero", "all_habits") >= 0.3],
-        ["RL alone lifts single samples above the base's best of 16, tags demanded of both", toy,
+        ["RL alone lifts pass@1 above the pass@16 of the base, tags demanded of both", toy,
          lambda of: f"pass@16 of `base` {get(of, 'base', 'pass@16')}; pass@1 of `zero` "
          f"{get(of, 'zero')} %",
          lambda s: main(s, "zero") > main(s, "base", "pass@16")],
-        ["completions grow to twice their length or more, and no reward pays for length", toy,
+        ["completions grow to twice their length or more, and no reward counts tokens", toy,
          lambda of: f"{get(of, 'base', 'length', show=whole)} → "
          f"{get(of, 'zero', 'length', show=whole)} tokens",
          lambda s: main(s, "zero", "length") >= 2 * main(s, "base", "length")
          and rewards.RewardConfig().w_length == 0],
-        ["a majority of 16 samples at T = 1 is right more often than single ones (above the upper "
-         "end of their 95 % interval), and no more than a point less often than greedy answers",
-         toy,
+        ["a majority of 16 samples at T = 1 (cons@16) is right more often than single ones (above "
+         "the 95 % interval of pass@1), and at most a point less often than greedy answers", toy,
          lambda of: f"cons@16 {get(of, 'zero', 'cons@16')}, interval up to "
          f"{by_seed([main(s, 'zero', 'pass@1_ci')[1] for s in of.values()])}, greedy "
          f"{get(of, 'zero', 'pass@1_greedy')} %",
          lambda s: main(s, "zero", "cons@16") > main(s, "zero", "pass@1_ci")[1]
          and main(s, "zero", "cons@16") >= main(s, "zero", "pass@1_greedy") - 0.01],
-        ["R1-Zero mixes languages in half of its completions or more, as its base does (a longer "
-         "one is likelier to)", toy,
+        ["R1-Zero mixes languages in half of its completions or more, and so does its base (longer "
+         "ones are likelier to)", toy,
          lambda of: f"base {get(of, 'base', 'mixes')} → zero {get(of, 'zero', 'mixes')} %",
          lambda s: min(main(s, "base", "mixes"), main(s, "zero", "mixes")) >= 0.5],
         ["... while the share of words in the prompt's language stays within 10 points", toy,
          lambda of: f"{get(of, 'base', 'one_language')} → {get(of, 'zero', 'one_language')} %",
          lambda s: abs(main(s, "base", "one_language") - main(s, "zero", "one_language")) <= 0.1],
-        ["with a reward for emoji (and no division by the std) 95 % or more of the lines end with "
-         "one, and at most three points less is right than in zero, from the same base", emoji,
+        ["with a reward for emoji (and no division by the std) the share of a completion's lines "
+         "that end with one is 95 % or more, and pass@1 is at most 3 points below that of zero, "
+         "from the same base", emoji,
          lambda of: f"lines {get(of, 'base', 'emoji')} → {get(of, 'zero_emoji', 'emoji')}, "
          f"right {get(of, 'zero_emoji')} against {get(of, 'zero')} %",
          lambda s: main(s, "zero_emoji", "emoji") >= 0.95
          and main(s, "zero_emoji") >= main(s, "zero") - 0.03
          and main(s, "base") == main(s, "zero's base")],
-        ["one model learns countdown / arithmetic / logic / code by RL: in each its whole interval "
-         "lies above what its base has right, tags left aside", recipe,
+        ["one model learns countdown / arithmetic / logic / code by RL: in each its 95 % interval "
+         "lies above that of the base, and above the base's pass@1 with tags left aside", recipe,
          lambda of: f"base {four(of, 'base')}, tags left aside "
          f"{four(of, 'base', 'pass@1_untagged')}, zero {four(of, 'zero')} %",
          lambda s: all(gains(s, task) for task in data.REASONING)],
         ["RL on arithmetic, logic and code helps countdown, which the base has read of and RL "
-         "never draws: with tags left aside half as much again is right, or more", three,
+         "never draws: pass@1, tags left aside, is 1.5 times the base's or more", three,
          lambda of: f"{get(of, 'base', 'pass@1_untagged')} → "
          f"{get(of, 'zero', 'pass@1_untagged')} %",
          lambda s: main(s, "zero", "pass@1_untagged") >= 1.5 * main(s, "base", "pass@1_untagged")],
@@ -428,21 +428,20 @@ def claims(results):
          lambda of: f"dev1 {get(of, 'dev1', 'mixes')}, dev2_free {get(of, 'dev2_free', 'mixes')}, "
          f"dev2 {get(of, 'dev2', 'mixes')} % mix",
          lambda s: main(s, "dev2", "mixes") <= main(s, "dev2_free", "mixes") - 0.1],
-        ["RL for all scenarios, in few and small steps: of its answers in chat that differ from "
-         "dev3's 60 % or more are better by gold reward, and the reward model says so within 5 "
-         "points; more is declined, the intervals apart", recipe,
+        ["RL for all scenarios, in few and small steps: of r1's answers in chat that differ from "
+         "dev3's 60 % or more win by gold reward (ties count half), and the reward model's rate is "
+         "within 5 points of that; more unsafe requests are declined, the intervals apart", recipe,
          lambda of: after_dev3(of, "r1"),
          lambda s: s["r1"]["win_rate"]["gold"] >= 0.6 and abs(happier(s, "r1")) < 0.05
          and s["r1"]["unsafe"]["pass@1_ci"][0] > s["dev3"]["unsafe"]["pass@1_ci"][1]],
-        ["... while chat and each task are right at least as often as the lower end of dev3's 95 % "
-         "interval", recipe,
+        ["... while pass@1 in chat and in each task is not below dev3's 95 % interval", recipe,
          lambda of: f"chat {get(of, 'dev3', task='chat')} → {get(of, 'r1', task='chat')}; tasks "
          f"{four(of, 'dev3')} → {four(of, 'r1')} %",
          lambda s: {task: s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
                     for task in ("chat", *data.REASONING)}],
-        ["more and larger steps, divided by the std, *exploit the reward model*: it overrates the "
-         "answers in chat by 5 points or more, and at least 5 points less of chat is right (while "
-         "the gold reward, which counts friendly words as well, rises)", recipe,
+        ["more and larger steps, divided by the std, *exploit the reward model*: its rate of wins "
+         "in chat is 5 points or more above gold's, and pass@1 in chat falls by 5 points or more "
+         "(while gold reward, which counts friendly words as well, rises)", recipe,
          lambda of: after_dev3(of, "r1_hacked") + more_gold(of, "r1_hacked"),
          lambda s: happier(s, "r1_hacked") >= 0.05 and gained(s, "r1_hacked") <= -0.05
          and s["r1_hacked"]["chat"]["gold_reward"] > s["dev3"]["chat"]["gold_reward"]],
@@ -522,12 +521,15 @@ def best_of(runs, task):
 
 
 def meeting(runs, task):
-    """From which k on the base is within a point of zero."""
-    found = []
-    for run in runs:
-        base, zero = (run["pass@k"][task][name] for name in ("base, tags left aside", "zero"))
+    """pass@4 of both, and from which k on the base is within a point of zero."""
+    found, curves = [], [run["pass@k"][task] for run in runs]
+    bases, zeros = ([of[name] for of in curves] for name in ("base, tags left aside", "zero"))
+    for base, zero in zip(bases, zeros, strict=True):
         found.append(next((k for k in base if base[k] >= zero[k] - 0.01), "none"))
-    return f"the base is within a point of zero from k = {' / '.join(found)} on"
+    base, zero = (by_seed([of["4"] for of in curve]) for curve in (bases, zeros))
+    last = by_seed([list(of.values())[-1] for of in bases])
+    return (f"pass@4 of base {base}, of zero {zero} %; the base is within a point of zero from k = "
+            f"{' / '.join(found)} on, and ends at {last} % (k = {list(bases[0])[-1]})")
 
 
 def ends(key, curve):
@@ -554,24 +556,25 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
      change("accuracy_alone", start="zero"),
      lambda run, t: as_long(run)
      and run["accuracy_alone"][t]["pass@1"] >= run["zero"][t]["pass@1"] - 0.03),
-    ("alone", "without division by length and std completions grow by a half or more, too",
+    ("alone", "without division by length and std completions also grow by a half or more",
      change("undivided", "length", whole),
      lambda run, t: as_long(run)
      and run["undivided"][t]["length"] >= 1.5 * run["base"][t]["length"]),
-    ("passk", "the best of 1, 2 and 4 samples is right more often in zero, tags demanded, than in "
-     "its base, tags left aside", meeting,
+    ("passk", "pass@1, @2 and @4 of zero, tags demanded, are above those of its base, tags left "
+     "aside", meeting,
      lambda run, t: all(run["pass@k"][t]["zero"][k] > run["pass@k"][t]["base, tags left aside"][k]
                         for k in "124")),
-    ("passk", "... and single samples of zero more often than the best of 16 of its base", best_of,
+    ("passk", "... and pass@1 of zero is above pass@16 of its base", best_of,
      lambda run, t: operator.gt(*one_and_best(run, t))),
-    ("budget", "thinking is used: closed by force after 8, 16, 32, ... tokens, more is right with "
-     "each doubling, or at most a point less",
+    ("budget", "thinking is used: closed by force after 8, 16, 32, ... tokens, and at last 340, "
+     "pass@1 rises from each limit to the next, or falls by a point at most; over all by 80 or "
+     "more (the figures are means)",
      points_of("budget", "zero"),
-     lambda run, t: rises(run["budget"][t]["zero"].values(), 0.01, 0.1)),
-    ("steps", "held-out pass@1 rises by 10 points or more over the RL steps, and falls by at most "
-     "three from one evaluation to the next",
+     lambda run, t: rises(run["budget"][t]["zero"].values(), 0.01, 0.8)),
+    ("steps", "held-out pass@1, asked every 20 RL steps, rises by 75 points or more in all, and "
+     "falls by at most 3 from one evaluation to the next",
      ends("accuracy", "pass@1"),
-     lambda run, t: rises(run["accuracy"][t]["pass@1"].values(), 0.03, 0.1)),
+     lambda run, t: rises(run["accuracy"][t]["pass@1"].values(), 0.03, 0.75)),
     ("unread", "a small base that has read no patient author learns more from r1's traces than by "
      "RL: in each task distill's 95 % interval lies wholly above that of small_zero",
      small_models,
