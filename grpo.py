@@ -65,6 +65,7 @@ from model import (
     generators,
     make_optimizers,
     opt,
+    ramp,
     sampling_copy,
     set_lr,
     sync_weights,
@@ -76,7 +77,9 @@ from model import (
 class GRPOConfig:
     rl_steps: int = opt(60, "GRPO steps", least=1)
     rl_lr: float = opt(3e-4, "learning rate of GRPO", above=0, most=1)
-    rl_warmup: int = opt(5, "steps of linear warm-up to rl_lr, which then stays constant", least=1)
+    rl_warmup: int = opt(5, "steps of linear warm-up to rl_lr", least=1)
+    rl_decay: float = opt(0.6, "share of the steps, the last ones, in which it falls to 0",
+                          least=0, most=1)
     rl_optimizer: str = opt("adamw", "adamw, or muon: for matrices, AdamW for the rest",
                             choices=("adamw", "muon"))
     eval_every: int = opt(20, "GRPO steps between short evaluations; 0: none", least=0)
@@ -151,7 +154,7 @@ def train_grpo(policy, ref, env, run, cfg):
     for step in tqdm(steps, run.name, cfg.rl_steps, initial=start, disable=None):
         t0 = time.time()
         rng, generator = generators(run.seed, run.name, step)  # so a resumed run draws the same
-        set_lr(optimizers, cfg.rl_lr * min((step + 1) / cfg.rl_warmup, 1.0))
+        set_lr(optimizers, cfg.rl_lr * ramp(step, cfg.rl_steps, cfg.rl_warmup, cfg.rl_decay))
         sync_weights(sampler, policy)
 
         sampled, groups = [], []  # all groups of this step, and those that it learns from

@@ -624,6 +624,12 @@ def make_optimizers(model, lr, kind):
     return [Muon(matrices, lr), *([torch.optim.AdamW(others, **adamw)] if others else [])]
 
 
+def ramp(step, steps, warmup, decay):
+    """The share of its peak that a learning rate has at `step`: straight up in `warmup` steps,
+    straight down to 0 over the last of the `steps`, a share `decay` of them."""
+    return min((step + 1) / warmup, (steps - step) / max(1, decay * steps), 1.0)
+
+
 def set_lr(optimizers, lr):
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -73,7 +73,8 @@ class SampleConfig:
 
 
 REAL_DEFAULTS = {  # with --init_from: near the papers' settings, at a size for one GPU
-    "template": "base", "context": 2048, "max_new_tokens": 512, "rl_lr": 1e-6, "rl_steps": 200,
+    "template": "base", "context": 2048, "max_new_tokens": 512,
+    "rl_lr": 1e-6, "rl_decay": 0.0, "rl_steps": 200,
     "base_optimizer": "adamw", "sft_lr": 1e-5, "sft_rows": 8, "sft_steps": 150,
     "save_every": 5, "eval_problems": 100, "eval_samples": 4,
 }

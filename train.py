@@ -61,6 +61,7 @@ from model import (
     make_optimizers,
     merged_state,
     opt,
+    ramp,
     read_json,
     reading,
     same_weights,
@@ -129,7 +130,7 @@ LORA_DEFAULTS = {"rl_lr": 1e-5, "sft_lr": 1e-4}  # with --lora_rank: adapters wa
 TASK_DEFAULTS = {  # what suits a task better; short documents: more and smaller steps
     "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
     "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
-    "all": {"base_steps": 2400, "rl_steps": 100, "prompts_per_step": 24,
+    "all": {"base_steps": 2400, "rl_steps": 100, "rl_decay": 0.0, "prompts_per_step": 24,
             "source_problems": 800, "sft_steps": 100, "eval_problems": 100},
 }
 
@@ -407,9 +408,7 @@ def supervise(run, model, batch_fn, lr, loss_fn=next_token_loss):
     start, losses = run.resume(model, optimizers), []
     for step in tqdm(range(start, steps), run.name, steps, initial=start, disable=None):
         t0 = time.time()
-        # Up in 50 steps, or the first 40 %; straight down to 0 over the last 60 %.
-        warmup, decay = (step + 1) / min(50, 0.4 * steps), (steps - step) / (0.6 * steps)
-        set_lr(optimizers, lr * min(warmup, decay, 1.0))
+        set_lr(optimizers, lr * ramp(step, steps, min(50, 0.4 * steps), 0.6))
         rng, _ = generators(run.seed, run.name, step)
         tokens, counted = (x.to(run.device) for x in batch_fn(rng))  # counted: mask or lengths
         loss = loss_fn(model, tokens, counted)

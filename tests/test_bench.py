@@ -1,12 +1,13 @@
 """The benchmarks whose figures the README gives as evidence, with tiny settings."""
 import json
+import shutil
 
 import evidence
 import pytest
 import rollout
 import torch
 from results import evidence_rows
-from test_train import read, results, run, weights
+from test_train import read, refusal, results, run, weights
 
 import data
 import rewards
@@ -154,9 +155,7 @@ def test_votes_are_counted_in_groups_of_one_problem():
 # ------------------------------------------------------------------------------------- the RL steps
 
 
-def test_evaluating_on_the_way_changes_nothing(finished, monkeypatch):
-    report = found(finished, "steps", "--every=2", "--rl_steps=2")
-    assert list(report["points"]) == ["0", "2"]
+def test_evaluating_on_the_way_changes_nothing(finished, capsys):
     report = found(finished, "steps", "--every=2")
     assert list(report["points"]) == ["0", "2", "3"]
     assert torch.equal(weights(finished / "evidence" / "steps" / "zero"),
@@ -166,8 +165,10 @@ def test_evaluating_on_the_way_changes_nothing(finished, monkeypatch):
         assert value == pytest.approx(results(finished / "base")["countdown"][name])
     assert list(report["length"]["countdown"]["length"].values()) == [
         point["countdown"]["length"] for point in report["points"].values()]
-    monkeypatch.setattr(evidence.train, "run_command_line", None)  # all is there already
-    assert found(finished, "steps", "--every=2") == report
+    assert found(finished, "steps", "--every=2") == report  # all is there already
+    shutil.rmtree(finished / "evidence" / "steps" / "2")  # as if a kill had come between
+    assert "holds no evaluation" in refusal(
+        evidence.main, ["steps", f"--out_dir={finished}", *OTHERS, "--every=2"], capsys)
 
 
 def test_a_picture_of_two_runs_is_no_wider_than_a_readme(tmp_path):

@@ -899,10 +899,13 @@ def test_another_seed_and_another_stage_draw_otherwise(tiny):
     assert len(set(drawn)) == 3
 
 
-def test_the_learning_rate_rises_and_then_stays(tiny):
-    run, cfg = Run(), replace(LOOP, rl_steps=8, rl_lr=1e-6, rl_warmup=2)
+@pytest.mark.parametrize("decay, want", [
+    (0.0, [0.5, 1, 1, 1, 1, 1, 1, 1]), (0.5, [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
+    (1.0, [0.5, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])])
+def test_the_learning_rate_rises_and_falls_at_the_end(tiny, decay, want):
+    run, cfg = Run(), replace(LOOP, rl_steps=8, rl_lr=1e-6, rl_warmup=2, rl_decay=decay)
     train_grpo(tiny, None, Env(), run, cfg)
-    assert run.lr == pytest.approx([1e-6 * factor for factor in [0.5, 1, 1, 1, 1, 1, 1, 1]])
+    assert run.lr == pytest.approx([1e-6 * factor for factor in want])
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

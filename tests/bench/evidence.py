@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import sys
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from unittest.mock import patch
@@ -266,23 +265,23 @@ def first_problems(ckpt, n, tasks):
 
 
 def steps(args, given, path):
-    """RL from the run's base as in zero, evaluated every so many steps; goes on from what an
-    earlier call has written."""
+    """RL from the run's base as in zero, evaluated in full every so many steps."""
     settings = told({"eval_problems": args.problems, **given})
     folder, tasks = os.path.join(given["out_dir"], "evidence", "steps"), tasks_of(settings)
-    zero, last = os.path.join(folder, "zero"), settings["rl_steps"]
-    points = read_json(path)["points"] if os.path.exists(path) else {}
+    last = settings["rl_steps"]
+
+    def evaluate(run, model):
+        step = sample.read_lines(run.path("metrics.jsonl"))[-1]["step"]
+        sample.evaluate_tasks(model, run.tok, run.cfg, os.path.join(folder, str(step)))
+
+    with patch.object(train.Run, "evaluate", evaluate):
+        train.run_command_line(["zero"], {**settings, "eval_every": args.every, "out_dir": folder})
+    points = {"0": first_problems(settings["base"], settings["eval_problems"], tasks)}
     for step in [*range(args.every, last, args.every), last]:
-        if str(step) in points:
-            continue
-        with suppress(FileNotFoundError):
-            os.remove(os.path.join(zero, "eval.json"))  # an earlier step's, or one cut short
-        train.run_command_line(["zero"], {**settings, "rl_steps": step, "out_dir": folder})
-        if load_checkpoint(os.path.join(zero, "ckpt.pt"))["step"] != step:
-            raise UserError(f"{zero} is beyond step {step}, which {path} lacks: delete it")
-        points["0"] = first_problems(settings["base"], settings["eval_problems"], tasks)
-        points[str(step)] = results_of(zero, tasks)
-        sample.write_json(path, {"points": points})
+        of = os.path.join(folder, str(step) if step < last else "zero")
+        if not sample.read_results(of):
+            raise UserError(f"{of} holds no evaluation, as after a kill: delete {folder}")
+        points[str(step)] = results_of(of, tasks)
     vote = next(key for key in points["0"][tasks[0]] if key.startswith("cons@"))
     curves = {key: {task: {name: {at: point[task][name] for at, point in points.items()}
                            for name in names} for task in tasks}
