@@ -56,6 +56,10 @@ class DataConfig:
             raise UserError(f"ops={self.ops!r} must be some of + - * /, and not / alone")
         if self.shots and self.template == "toy":
             raise UserError(f"shots={self.shots} needs another template than toy")
+        shown = {example.task for example, *_ in EXAMPLES}
+        if self.shots and set(self.shares()) - shown:
+            raise UserError(f"shots={self.shots}: there are worked examples of {', '.join(shown)} "
+                            f"alone, not of {', '.join(set(self.shares()) - shown)}")
         if self.task == "file" and not self.data:
             raise UserError("task=file needs --data=FILE")
         if self.eval_data and not self.data:
@@ -123,9 +127,11 @@ END, PAD = "<|end|>", "<|pad|>"
 class Tokenizer:
     """tiktoken, and the ids that end a text (`end_id` is the one to write) or pad it."""
 
-    def __init__(self, pattern, ranks, special, stop_ids, pad_id, hidden, nfc=False):
-        """`ranks` are {bytes: id}, `special` {name: id}, `hidden` the names not decoded."""
+    def __init__(self, pattern, ranks, special, stop_ids, pad_id, hidden, nfc=False, first=()):
+        """`ranks` are {bytes: id}, `special` {name: id}, `hidden` the names not decoded, `first`
+        the ids that begin a text."""
         self.stop_ids, self.end_id, self.pad_id = stop_ids, stop_ids[0], pad_id
+        self.first = list(first)
         self.pattern, self.special, self.nfc = pattern, special, nfc
         self.n_vocab = max([*ranks.values(), *special.values()]) + 1
         self.bytes_of = {id: piece for piece, id in ranks.items()}
@@ -578,15 +584,18 @@ def chat_template(name, prefill_think=False):
     prefill = "{% if loop.last %}<think>\n{% endif %}" * prefill_think
     return (f"{text}{{% for message in messages %}}{{% if message.role == 'user' %}}"
             f"{turn.replace('{question}', '{{ message.content }}')}{prefill}"
-            f"{{% elif message.role == 'assistant' %}}{{{{ message.content }}}}{end or END}"
+            f"{{% elif message.role == 'assistant' %}}{{{{ message.content }}}}"
+            f"{end or '{{ eos_token }}'}"
             f"{{% endif %}}{{% endfor %}}")
 
 
-def add_chat_template(folder, cfg):
+def add_chat_template(folder, cfg, tok):
     """Gives an exported folder a chat template unless the model came with one of its own."""
     jinja, config = Path(folder, "chat_template.jinja"), Path(folder, "tokenizer_config.json")
     if not jinja.exists() and not (config.exists() and read_json(config).get("chat_template")):
-        jinja.write_text(chat_template(cfg.template, cfg.prefill_think), "utf-8")
+        begun = tok.encode_marked(TEMPLATES[cfg.template][0])[:1] == tok.first
+        text = ("" if begun or not tok.first else "{{ bos_token }}")
+        jinja.write_text(text + chat_template(cfg.template, cfg.prefill_think), "utf-8")
 
 
 def in_words(problem, cfg):
@@ -612,7 +621,8 @@ def prompt_ids(problem, tok, cfg):
     unknown = set(re.findall(r"<\|\w+\|>", text)) - set(tok.special)
     if unknown:
         raise UserError(f"template={cfg.template}: the tokenizer has no {', '.join(unknown)}")
-    return tok.encode_marked(text, in_words(problem, cfg))
+    ids = tok.encode_marked(text, in_words(problem, cfg))
+    return ids if ids[:1] == tok.first else tok.first + ids
 
 
 def stops(tok, cfg):
@@ -1020,7 +1030,19 @@ def tokenizer_from_hf(folder):
         if any(wrong.values()):
             raise ValueError(", ".join(what for what, is_so in wrong.items() if is_so))
         stop_ids, pad_id = end_tokens(folder, special)
-        return Tokenizer(pattern, ranks, special, stop_ids, pad_id, hidden, normalizer == "NFC")
+        return Tokenizer(pattern, ranks, special, stop_ids, pad_id, hidden, normalizer == "NFC",
+                         first_tokens(file.get("post_processor") or {}, special))
+
+
+def first_tokens(post_processor, special):
+    """The ids that a tokenizer.json's post_processor puts before a text, as Llama 3's does."""
+    ids = []
+    for part in post_processor.get("processors") or [post_processor]:
+        for piece in part.get("single") or []:
+            if "SpecialToken" not in piece:
+                break
+            ids.append(special[piece["SpecialToken"]["id"]])
+    return ids
 
 
 def end_tokens(folder, special):

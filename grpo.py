@@ -89,8 +89,8 @@ class GRPOConfig:
     temperature: float = opt(1.0, "of sampling, and of the log-probs in the loss", least=0.01)
     adv_norm: str = opt("std", "std: divide by the group's std (GRPO); none: do not (Dr. GRPO)",
                         choices=("std", "none"))
-    clip_low: float = opt(0.2, "eps_low: the ratio is clipped below at 1 - this", least=0, most=1)
-    clip_high: float = opt(0.2, "eps_high: ... and above at 1 + this (DAPO: 0.28)", least=0,
+    clip_low: float = opt(0.2, "eps_low: the ratio is clipped below at 1 - this", above=0, most=1)
+    clip_high: float = opt(0.2, "eps_high: ... and above at 1 + this (DAPO: 0.28)", above=0,
                            most=1e6)
     kl_coef: float = opt(0.001, "beta, weight of the KL to the reference; 0: no reference", least=0)
     kl_loss: str = opt("k3", "k3: equation (4) (GRPO); k3_ratio: k3 times the ratio, whose "

@@ -150,7 +150,8 @@ class Linear(nn.Linear):
         large = self.onednn and x.numel() >= 128 * x.shape[-1]
         if large and x.is_cpu and x.dtype == torch.float32 and not (
                 torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
-            y = OneDNN.apply(x, self.weight)
+            # Flat, so that no view comes back, which LoRA could not add to in place.
+            y = OneDNN.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
             return y if self.bias is None else y + self.bias
         return super().forward(x)
 
@@ -831,6 +832,8 @@ def config_to_hf(cfg):
     again = config_from_hf(hf)
     if (again.qkv_bias, again.mlp_bias) != (cfg.qkv_bias, cfg.mlp_bias):
         raise UserError("no Llama, Qwen2 or Qwen3 has these qkv_bias, o_bias, mlp_bias and qk_norm")
+    if family == "Llama" and cfg.n_embd % cfg.n_head:
+        raise UserError(f"n_embd={cfg.n_embd} is no multiple of n_head={cfg.n_head}, as in a Llama")
     return hf
 
 

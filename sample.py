@@ -245,9 +245,13 @@ def open_checkpoint(given, path="", beside=None):
     set_up_cpu(cfg.sample)
     tok = data.load_tokenizer(cfg.sample.init_from)
     if os.path.isdir(path):
-        model = from_pretrained(path, REAL_DEFAULTS["context"])
+        context = max(trained["context"], 512 + cfg.grpo.max_new_tokens)
+        model = from_pretrained(path, given.get("context", context))
     else:
         model = model_of(state, path)
+    if model.cfg.vocab_size < tok.n_vocab:
+        raise UserError(f"{path}: its vocab_size is {model.cfg.vocab_size}, and the tokenizer has "
+                        f"{tok.n_vocab} ids")
     data.leave_out_long(cfg.data, tok, model.cfg.context - cfg.grpo.max_new_tokens)
     return path, model, tok, cfg
 

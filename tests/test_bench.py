@@ -101,7 +101,9 @@ def test_pass_at_k_rises_with_k_and_begins_with_the_mean(finished, monkeypatch):
     for base_at_4, k, verdict in ((0.8, "8", "yes"), (0.99, "4", "**no**: a (in 1 of 1)")):
         points["base, tags left aside"]["4"] = base_at_4
         few, best = evidence_rows([{"passk": {"tasks": ["a"], "pass@k": {"a": points}}}])
-        assert few[2:] == [f"the base is within a point of zero from k = {k} on", verdict]
+        assert few[2:] == [
+            f"pass@4 of base {100 * base_at_4:.1f}, of zero 99.0 %; the base is within a point of "
+            f"zero from k = {k} on, and ends at 100.0 % (k = 16)", verdict]
         assert best[2:] == ["pass@16 of base 100.0, pass@1 of zero 90.0 %", "**no**: a (in 1 of 1)"]
 
 

@@ -403,6 +403,30 @@ def test_the_end_of_a_templates_turn_ends_a_completion_whatever_the_files_name(
     assert list(ids) == [tok.special[end], tok.special[other]] and find_end is None
 
 
+def test_a_prompt_begins_as_the_tokenizer_begins_every_text(tmp_path):
+    file = json.loads(open(fixture("tokenizer_llama3", "tokenizer.json"), encoding="utf-8").read())
+    for name in ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"):
+        id = max(token["id"] for token in file["added_tokens"]) + 1
+        file["added_tokens"].append({"id": id, "content": name, "special": True})
+    whole = {"Sequence": {"id": "A", "type_id": 0}}
+    first = {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}
+    file["post_processor"] = {"type": "Sequence", "processors": [
+        {"type": "ByteLevel"}, {"type": "TemplateProcessing", "single": [first, whole]}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|eot_id|>"}')
+    tok, problem = load_tokenizer(str(tmp_path)), countdown_problem((3, 7, 2), 20)
+    begin = tok.special["<|begin_of_text|>"]
+    for template in ("base", "llama"):
+        ids, cfg = prompt_ids(problem, tok, DataConfig(template=template)), DataConfig()
+        assert ids[0] == begin and ids.count(begin) == 1
+        cfg.template, export = template, tmp_path / template
+        export.mkdir()
+        data.add_chat_template(export, cfg, tok)
+        begins = (export / "chat_template.jinja").read_text("utf-8")[:17]
+        assert begins == ("<|begin_of_text|>" if template == "llama" else "{{ bos_token }}A ")
+    assert load_tokenizer(fixture("tokenizer_qwen")).first == []
+
+
 def test_without_a_chat_template_a_completion_ends_with_its_first_answer():
     tok = load_tokenizer(fixture("tokenizer_qwen"))
     ids, find_end = data.stops(tok, DataConfig(template="base"))

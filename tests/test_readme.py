@@ -86,9 +86,11 @@ def test_the_figures_in_the_readmes_prose_are_in_the_results_file():
     stages = found["runs"]["all tasks, seed 1"]["stages"]
     base, zero = (stages[stage]["countdown"]["length"] for stage in ("base", "zero"))
     assert f"({base:.0f} → {zero:.0f} tokens)" in prose
-    rates = next(row for row in found["earlier"]["rates"]["rows"] if row[:2] == ["3e-4", "300"])
-    seeds = re.findall(r"([0-9.]+) \(", rates[3])
-    assert f"300 steps end at {min(seeds)} to {max(seeds)} % (seeds 1 to 3)" in prose
+    rates = {row[0]: re.sub(r" \([^)]*\)", "", row[3]) for row in found["earlier"]["rates"]["rows"]}
+    today = {name: 100 * stages["zero"]["countdown"]["pass@1"]
+             for name, stages in results.named(found["runs"], "seed").items()}
+    today = " / ".join(f"{today[f'seed {seed}']:.1f}" for seed in (1, 2, 4, 5))
+    assert f"1, 2, 4 and 5 end at {rates['3e-4, constant']} in place of {today} %" in prose
     sums = {tuple(row[:2]): re.sub(r" \([^)]*\)", "", row[3])
             for row in found["earlier"]["sums"]["rows"]}
     as_it_came = sums["as it came", ""].removesuffix(".0 %")

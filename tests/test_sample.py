@@ -13,7 +13,15 @@ import data
 import rewards
 import sample
 import train
-from model import GPT, Completion, GPTConfig, UserError, save_checkpoint, validate
+from model import (
+    GPT,
+    Completion,
+    GPTConfig,
+    UserError,
+    save_checkpoint,
+    save_pretrained,
+    validate,
+)
 
 ADD = data.countdown_problem((3, 7), 10)
 TIMES = data.countdown_problem((9, 8), 72)
@@ -496,6 +504,19 @@ def test_beside_a_folder_a_checkpoint_keeps_its_own_tokenizer(finished, exported
     sample.main([f"--init_from={exported}", f"--vs={finished / 'zero' / 'ckpt.pt'}", "--n=1",
                  "--template=toy", "--max_new_tokens=4"])
     assert opened == [exported, ""]
+
+
+def test_a_folder_has_room_for_what_is_asked_and_an_embedding_for_every_token(tmp_path, capsys):
+    tok, shape = data.load_tokenizer(), {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_kv_head": 1,
+                                         "head_dim": 8, "mlp_dim": 16, "context": 4096}
+    for name, size in (("whole", tok.n_vocab), ("small", tok.n_vocab - 3)):
+        save_pretrained(GPT(GPTConfig(vocab_size=size, **shape)), str(tmp_path / name))
+        tok.save(str(tmp_path / name))
+    given = {"init_from": str(tmp_path / "whole")}
+    for flags, context in (({}, 2048), ({"max_new_tokens": 2100}, 2612), ({"context": 3000}, 3000)):
+        assert sample.open_checkpoint({**given, **flags})[1].cfg.context == context
+    err = refusal(sample.main, [f"--init_from={tmp_path / 'small'}", "--question=hi"], capsys)
+    assert f"the tokenizer has {tok.n_vocab} ids" in err
 
 
 def test_the_name_of_a_model_is_no_folder(capsys):

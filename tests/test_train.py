@@ -985,8 +985,9 @@ def test_no_row_on_the_terminal_is_wider_than_110_columns(whole, tmp_path, lenie
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     for flags in ([], ["--minibatches=2"]):
-        for stage in ("zero", "dev2", "r1"):
-            shutil.rmtree(out / stage)
+        for stage in train.resolve_dependencies(["r1"]):
+            if stage != "base":
+                shutil.rmtree(out / stage)
         run(out, "zero", "r1", tiny=[*PIPELINE, *flags])
         printed = capsys.readouterr().out
         for stage, n_parts in (("zero", 2), ("r1", 5)):
@@ -1411,6 +1412,21 @@ def test_an_export_leaves_nothing_of_an_earlier_one_and_not_the_source(folder, t
     assert "choose another" in refusal(train.main, argv, capsys)
 
 
+def test_an_export_ends_where_training_ended(tmp_path):
+    qwen = os.path.join(HERE, "tests", "fixtures", "tokenizer_qwen")
+    shutil.copytree(qwen, tmp_path / "model")
+    tok = data.load_tokenizer(qwen)
+    save_pretrained(GPT(GPTConfig(vocab_size=tok.n_vocab, n_layer=1, n_embd=16, n_head=2,
+                                  n_kv_head=1, head_dim=8, mlp_dim=16)), tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(
+        '{"eos_token_id": 0, "temperature": 0.7}')
+    argv = [f"--init_from={tmp_path / 'model'}", "--template=qwen", f"--export_dir={tmp_path}"]
+    train.main(["export", *argv])
+    found = json.loads((tmp_path / "generation_config.json").read_text())
+    assert found["eos_token_id"][0] == tok.special["<|im_end|>"] and 0 in found["eos_token_id"]
+    assert found["temperature"] == 0.7
+
+
 def test_an_export_knows_how_to_chat(finished, tmp_path):
     jinja2 = pytest.importorskip("jinja2")
     ckpt = f"--ckpt={finished / 'zero' / 'ckpt.pt'}"
@@ -1430,21 +1446,22 @@ def test_an_export_knows_how_to_chat(finished, tmp_path):
 def test_a_chat_template_asks_as_training_does(name, tmp_path):
     jinja2 = pytest.importorskip("jinja2")
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": null}')
-    data.add_chat_template(tmp_path, data.DataConfig(template=name))
+    data.add_chat_template(tmp_path, data.DataConfig(template=name), data.load_tokenizer())
     template = (tmp_path / "chat_template.jinja").read_text("utf-8")
     chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1?"},
             {"role": "assistant", "content": "2"}, {"role": "user", "content": "2+2?"}]
-    shown = jinja2.Template(template, trim_blocks=True, lstrip_blocks=True).render(messages=chat)
+    shown = jinja2.Template(template, trim_blocks=True, lstrip_blocks=True).render(
+        messages=chat, eos_token=data.END)
     text, turn, end = data.TEMPLATES[name]
     turns = [turn.replace("{question}", question) for question in ("1+1?", "2+2?")]
     assert shown == f"{text}{turns[0]}2{end or data.END}{turns[1]}"
     opened = jinja2.Template(data.chat_template(name, True), trim_blocks=True, lstrip_blocks=True)
-    assert opened.render(messages=chat) == f"{shown}<think>\n"
+    assert opened.render(messages=chat, eos_token=data.END) == f"{shown}<think>\n"
 
 
 def test_a_model_keeps_the_chat_template_that_it_came_with(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "mine"}')
-    data.add_chat_template(tmp_path, data.DataConfig(template="qwen"))
+    data.add_chat_template(tmp_path, data.DataConfig(template="qwen"), data.load_tokenizer())
     assert not (tmp_path / "chat_template.jinja").exists()
 
 
@@ -1479,6 +1496,7 @@ def test_a_model_keeps_the_chat_template_that_it_came_with(tmp_path):
     (["--init_from=/nowhere"], ["/nowhere", "local folder"]),
     (["--template=qwen2"], ["template", "qwen"]),
     (["--shots=2"], ["shots", "toy"]),
+    (["--shots=2", "--template=base", "--task=logic"], ["worked examples", "logic"]),
     (["--data=/nowhere.jsonl"], ["/nowhere.jsonl"]),
     (["--task=file"], ["--data"]),
     (["--base_optimizer=sgd"], ["base_optimizer", "adamw"]),

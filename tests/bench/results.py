@@ -55,7 +55,7 @@ for seed in SEEDS:
 RUNS |= OF_A_BASE
 ALL_COMMANDS = RUNS | CONTROLS
 FROM_A_BASE = (*OF_A_BASE, *CONTROLS)
-FOLDERS = " ".join(f"out{seed}" for seed in ABLATED)
+FOLDERS = " ".join(f"out{seed}" for seed in SEEDS)
 PICTURES = [f"python tests/bench/curves.py {FOLDERS} --to=assets/zero.png",  # want matplotlib
             "python tests/bench/curves.py out-all --to=assets/all.png",
             "python tests/bench/pipeline.py --to=assets/pipeline.png",
