@@ -108,18 +108,22 @@ def run_controls(names, args, given, path):
     """RL from the run's base that differs from its zero in the control alone, into evidence/NAME
     -> {base, zero or NAME: {task: its results}}."""
     settings, zero = told(given), os.path.join(given["out_dir"], "zero")
-    found = {"tasks": tasks_of(settings), "seed": settings["seed"], "steps": settings["rl_steps"],
-             "zero_steps": load_checkpoint(os.path.join(zero, "ckpt.pt"))["step"],
-             "zero": results_of(zero, tasks_of(settings))}
+    found = {"tasks": tasks_of(settings), "seed": settings["seed"],
+             "zero_steps": steps_of(zero), "zero": results_of(zero, tasks_of(settings))}
     for name in names:
         folder = os.path.join(given["out_dir"], "evidence", name)
         shuffled = partial(Shuffled, settings["group_size"], settings["seed"])
         env = shuffled if name == "shuffled" else rewards.Environment
         with patch.object(train, "Environment", env):
             train.run_command_line(["zero"], {**settings, **CONTROLS[name], "out_dir": folder})
+        found["steps"] = min(found.get("steps", math.inf), steps_of(os.path.join(folder, "zero")))
         for key, stage in (("base", "base"), (name, "zero")):
             found[key] = results_of(os.path.join(folder, stage), found["tasks"])
     return found
+
+
+def steps_of(folder):
+    return load_checkpoint(os.path.join(folder, "ckpt.pt"))["step"]
 
 
 DRAW_HABITS = data.draw_habits
