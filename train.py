@@ -962,10 +962,10 @@ def run_export(given):
     if not source:
         tok.save(train.export_dir, data.chat_template(cfg.data.template, cfg.data.prefill_think))
     data.add_chat_template(train.export_dir, cfg.data, tok)
-    path = os.path.join(train.export_dir, "generation_config.json")
-    generation = read_json(path) if os.path.exists(path) else {}
+    file = os.path.join(train.export_dir, "generation_config.json")
+    generation = read_json(file) if os.path.exists(file) else {}
     ends = list(dict.fromkeys(data.stops(tok, cfg.data)[0]))  # what RL has learnt to end with
-    write_json(path, {**generation, "eos_token_id": ends})
+    write_json(file, {**generation, "eos_token_id": ends})
     print(f"{path}: written to {train.export_dir} as {str(dtype).removeprefix('torch.')}")
 
 

@@ -1412,7 +1412,7 @@ def test_an_export_leaves_nothing_of_an_earlier_one_and_not_the_source(folder, t
     assert "choose another" in refusal(train.main, argv, capsys)
 
 
-def test_an_export_ends_where_training_ended(tmp_path):
+def test_an_export_ends_where_training_ended(tmp_path, capsys):
     qwen = os.path.join(HERE, "tests", "fixtures", "tokenizer_qwen")
     shutil.copytree(qwen, tmp_path / "model")
     tok = data.load_tokenizer(qwen)
@@ -1422,6 +1422,7 @@ def test_an_export_ends_where_training_ended(tmp_path):
         '{"eos_token_id": 0, "temperature": 0.7}')
     argv = [f"--init_from={tmp_path / 'model'}", "--template=qwen", f"--export_dir={tmp_path}"]
     train.main(["export", *argv])
+    assert capsys.readouterr().out == f"{tmp_path / 'model'}: written to {tmp_path} as float32\n"
     found = json.loads((tmp_path / "generation_config.json").read_text())
     assert found["eos_token_id"][0] == tok.special["<|im_end|>"] and 0 in found["eos_token_id"]
     assert found["temperature"] == 0.7
