@@ -74,7 +74,7 @@ def test_the_figures_in_the_readmes_first_lines_are_those_of_the_seeds():
 
     def span(stage, key):
         found = [100 * stages[stage]["countdown"][key] for stages in runs]
-        return "–".join(dict.fromkeys(f"{x:.0f}" for x in (min(found), max(found))))
+        return f"{min(found):.1f}–{max(found):.1f}"
 
     want = (f"from {span('base', 'pass@1')} % to {span('zero', 'pass@1')} % ({len(runs)} seeds; "
             f"with tags left aside the base has {span('base', 'pass@1_untagged')} %)")
