@@ -593,9 +593,9 @@ def add_chat_template(folder, cfg, tok):
     """Gives an exported folder a chat template unless the model came with one of its own."""
     jinja, config = Path(folder, "chat_template.jinja"), Path(folder, "tokenizer_config.json")
     if not jinja.exists() and not (config.exists() and read_json(config).get("chat_template")):
-        begun = tok.encode_marked(TEMPLATES[cfg.template][0])[:1] == tok.first
-        text = ("" if begun or not tok.first else "{{ bos_token }}")
-        jinja.write_text(text + chat_template(cfg.template, cfg.prefill_think), "utf-8")
+        begins = tok.encode_marked(TEMPLATES[cfg.template][0])[:1] == tok.first  # by itself
+        bos = "{{ bos_token }}" if tok.first and not begins else ""
+        jinja.write_text(bos + chat_template(cfg.template, cfg.prefill_think), "utf-8")
 
 
 def in_words(problem, cfg):

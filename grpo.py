@@ -78,7 +78,7 @@ class GRPOConfig:
     rl_steps: int = opt(60, "GRPO steps", least=1)
     rl_lr: float = opt(3e-4, "learning rate of GRPO", above=0, most=1)
     rl_warmup: int = opt(5, "steps of linear warm-up to rl_lr", least=1)
-    rl_decay: float = opt(0.6, "share of the steps, the last ones, in which it falls to 0",
+    rl_decay: float = opt(0.6, "share of the steps, the last ones, over which rl_lr falls to 0",
                           least=0, most=1)
     rl_optimizer: str = opt("adamw", "adamw, or muon: for matrices, AdamW for the rest",
                             choices=("adamw", "muon"))
