@@ -767,17 +767,20 @@ def write_logic(problem, cfg, habits, rng):
 
 def write_code(problem, cfg, habits, rng):
     """Tries f(x) = x * slope + rest for each slope, x itself first. The rest follows from the first
-    test (above 9 it is not tried), and the second test checks it. Authors who do not check write
-    the first such line without its verdict."""
+    test, written as a difference, and the second test checks it; with a rest above 9 a slope is
+    passed over. Authors who do not check write the first full line without its verdict."""
     x, y, x2, y2 = problem.numbers
     trials = []
     for slope in "x123456789":
         a, a2 = (x, x2) if slope == "x" else (slope, slope)
         times, times2 = x * int(a), x2 * int(a2)
         op, rest, value = "+-"[times > y], abs(y - times), times2 + y - times
-        if rest <= 9 and 0 <= value <= LARGEST:
-            line = (f"{slope}. {x}*{a}={times} {times}{op}{rest}={y}, {x2}*{a2}={times2} "
-                    f"{times2}{op}{rest}={value}{say('against', habits, rng)}{y2}")
+        line = f"{slope}. {x}*{a}={times} {max(y, times)}-{min(y, times)}={rest}"
+        if rest > 9:
+            trials.append((line, None, False))
+        else:
+            line += f", {x2}*{a2}={times2} {times2}{op}{rest}={value}"
+            line += f"{say('against', habits, rng)}{y2}"
             trials.append((line, f"x*{slope}{op}{rest}", value == y2))
     return try_all(trials, habits, rng)
 
@@ -808,7 +811,7 @@ def tagged(lines, answer):
 def document(cfg, rng):
     """(prompt, text): a table of sums, a page of prose, or somebody's attempt at a problem."""
     if cfg.task == "all":
-        kinds, shares = [*REASONING, "prose", "table"], [0.32, 0.15, 0.14, 0.22, 0.06, 0.11]
+        kinds, shares = [*REASONING, "prose", "table"], [0.32, 0.15, 0.18, 0.18, 0.06, 0.11]
     else:
         others = [task for task in TASKS if task != cfg.task and TASKS[task].in_corpus]
         kinds = [cfg.task, rng.choice(others), "prose", "table"]
