@@ -205,20 +205,25 @@ def verify_reply(problem, answer):
 # To skip at first: answers as people write them, for --data
 
 
+# What is divided by without brackets: 12, x, \\pi, \\sqrt(2), each with an index, power, factorial.
+ATOM = (r"([0-9]+|[^\W\d_]|\\(?!sqrt)[a-z]+|\\sqrt\(\w+\))(_\w)?(\^([0-9]+|\w|\([^()]*\)))?!?")
+
+
 def fraction(found):
     """\\frac{a}{b} -> a/b, in brackets where they are needed."""
     a, b, factor = (part.strip("{} ") for part in found.groups(""))
     if re.fullmatch("-[0-9]+", b) and re.fullmatch(r"-?\w+", a):
         a, b = a[1:] if a.startswith("-") else f"-{a}", b[1:]
-    a = f"({a})" if re.search(r"[-+](?![^(]*\))", a[1:]) else a
-    b = b if re.fullmatch(r"[0-9]+|\w|\\sqrt\(\w+\)", b) else f"({b})"
+    a = f"({a})" if re.search(r"([-+]|\\(pm|mp|c[au]p))(?![^(]*\))", a[1:]) else a
+    b = b if re.fullmatch(ATOM, b) else f"({b})"
     return f" ({a}/{b})" if factor else f" {a}/{b}"
 
 
 SIGNS = [  # pairs of what is written and what it means, in the order in which they are replaced
     ("[¼½¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0])),
     ("\u2044", "/"),  # the fraction slash that NFKC leaves
-    (r"\\\{([0-9]+(?:,[0-9]+)+)\\\}", lambda found: found[1].replace(",", ", ")),  # a set
+    (r"(?:\\left)?\\\{ *([-−]?[0-9]+(?: *, *[-−]?[0-9]+)+) *(?:\\right)?\\\}",  # a set
+     lambda found: re.sub(" *, *", ", ", found[1])),
     ("~", " "), (r"(?<=[0-9])\\,(?=[0-9]{3})", ""), (">=|≥", r"\\ge "), ("<=|≤", r"\\le "),
     (r"\\begin\{[bp]matrix\}", "[["), (r"\\end\{[bp]matrix\}", "]]"), (r"\\\\", "],["), ("&", ","),
     ("[−–]", "-"), ("π", r"\\pi "), ("∞", r"\\infty"), ("±", r"\\pm "), ("∪", r"\\cup "),
@@ -231,21 +236,28 @@ SIGNS = [  # pairs of what is written and what it means, in the order in which t
     (r"\\[()\[\],;: ]|\\?[$€£¥]", " "), (r" *\{", "{")]
 BRACES = [  # the same from the inside out, for which they are replaced several times
     (r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1 "),
-    (r"([\^_])\{([0-9]+|\w)\}", r"\1\2"), (r"\\sqrt([0-9a-z])", r"\\sqrt(\1)"),
+    (r"([\^_])\{([0-9]+|\w)\}(?=[0-9])", r"\1\2 "), (r"([\^_])\{([0-9]+|\w)\}", r"\1\2"),
+    (r"\\sqrt([0-9a-z])", r"\\sqrt(\1)"),
     (r"([\^_\]]|\\(?!boxed|[dtc]?frac)[a-z]+)\{([^{}]*)\}", r"\1(\2)"),
     (r"\\[dtc]?frac ?(\{[^{}]*\}|\w) ?(\{[^{}]*\}|\w)"
-     r"(?=([a-z]| *\\(?!pm|mp|[gln]e|c[au]p)| +[a-z](?<![mglsh])(?![a-z]))?)", fraction)]
-NAME = re.compile(r"(^|, )(?:\\?[^\W\d]+|\w\(\w\)|\(\w(?:, ?\w)*\)) ?= ?")  # x =, f(x) =
+     r"(?=([a-z^!]|(?<=\})[0-9]| *\\(?!pm|mp|[gln]e|c[au]p)| +[a-z](?<![mglsh])(?![a-z]))?)",
+     fraction)]
+NAME = re.compile(r"(^|, ?)(?:\\?[^\W\d]+|\w\(\w\)|\(\w(?:, ?\w)*\)) ?= ?")  # x =, f(x) =
 MATHS = ("(?:arc)?(?:sin|cos|tan)[xyz]?|log|exp|sqrt|plus|minus|over|divided|squared|cubed|"
          "factorial|infinity|not|and|mod|choose|point|negative|half|halves|thirds?|lakhs?|crores?|"
          "root|radical|tens|quadrillions?|csc|cot|(?:sin|cos|tan)h|epsilon|rho|tau|"
          "(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|hundred|thousand|"
          "(?:thir|four|fif|six|seven|eigh|nine)teen)ths?|"
-         "alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi|psi")  # words, but no units
+         "alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi|psi|two|three|four|five|six|seven|"
+         "eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
+         "(?:twen|thir|for|fif|six|seven|eigh|nine)ty|"
+         "(?:hundred|thousand|[mb]illion|trillion|[mb]illionth)s?")  # words, but no units
 UNIT = (r"_[1-9][0-9]?|"  # base 9; or km/h, apples, ...
-        r"(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|oz|lb|sq|(?![百千万亿分])[㐀-鿿]+)|"
+        r"(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|oz|lb|sq|"
+        r"(?![分成])(?:(?![一二三四五六七八九十百千万亿又点半或])[㐀-鿿])+)|"
         r" (?-i:[mgLlsh])|"
-        rf"(?: |(?=[^\W\d_]{{4}}))(?!(?:{MATHS})\b)[^\W\d_]{{3,}})(?: [^\W\d_]+){{0,3}}"
+        rf"(?: |(?=[^\W\d_]{{4}}))(?!(?:{MATHS})\b)[^\W\d_㐀-鿿]{{3,}})"
+        rf"(?: (?!(?:{MATHS})\b)[^\W\d_]+){{0,3}}"
         r"(?:/[^\W\d_]+)?(?: ?\^[23])?")
 SHORT = dict(pair.split(":") for pair in (  # units with two names
     "meter:m metre:m millimeter:mm millimetre:mm centimeter:cm centimetre:cm kilometer:km "
@@ -290,10 +302,13 @@ def parse_number(text):
 
 def canonical(text):
     """Of plain text: no needless spaces, fractions and decimals in lowest terms, and in order what
-    stands between commas outside brackets."""
+    stands between commas outside brackets (1,500, 2,300 are two numbers)."""
+    if ", " in text:
+        text = re.sub(r"(?<![\w.,])[1-9][0-9]{0,2}(,[0-9]{3})+(?=, |$)",
+                      lambda m: m[0].replace(",", ""), text)
     text = re.sub(r"(?<![0-9]) | (?![0-9])|(?<=[0-9A-Za-z)])(?<!\\pm)\*(?! ?[0-9*])", "", text)
     text = re.sub(r"(?<![\\A-Za-z])[^\W\d_]{2,}|^\w$", lambda m: m[0].lower(), text)
-    text = re.sub(r"(?<![\w.^/])([0-9]+/0*[1-9][0-9]*|[0-9]*\.[0-9]+)(?![.0-9])",
+    text = re.sub(r"(?<![\w.^/])([0-9]+/0*[1-9][0-9]*|[0-9]*\.[0-9]+)(?![.0-9^!])",
                   lambda m: str(Fraction(m[0])), text)
     items, depth = [""], 0
     for sign in text:
@@ -307,12 +322,13 @@ def canonical(text):
 
 def verify_written(problem, answer):
     """Right if answer and target are one number, or the same list or text, however written. Units
-    count if both have one. Percentages: 50% is 1/2, and also 50 where the question asked for a
-    percentage, which shows in a target above 1."""
+    count if both have one; currency signs are none. Percentages: 50% is 1/2, and also 50 where the
+    question asked for a percentage, which shows in a target above 1."""
     if max(len(answer), len(problem.target)) > MAX_ANSWER:  # the same words
         words, wanted = (" ".join(text.lower().split()) for text in (answer, problem.target))
         return words if words == wanted else words[:MAX_ANSWER], words == wanted
     got, want = plain(answer), plain(problem.target)
+    right_form = canonical(want)  # one form: all that are right vote for it
     if ("=" in got) != ("=" in want):  # x = 72 is 72
         got, want = NAME.sub(r"\1", got), NAME.sub(r"\1", want)
     number, goal = parse_number(got), parse_number(want)
@@ -320,11 +336,12 @@ def verify_written(problem, answer):
         form = canonical(got)
         # Else 1,234 would be the same list as 234,1.
         same_kind = not goal or bool(number)
-        return form or None, same_kind and form != "" and form == canonical(want)
+        is_same = same_kind and form != "" and form == canonical(want)
+        return (right_form if is_same else form or None), is_same
     (value, percent, _), (target, target_percent, _) = number, goal
     shares = value / (100 if percent else 1), target / (100 if target_percent else 1)
     if shares[0] == shares[1] or value == target and (abs(target) > 1 or target_percent):
-        return str(target) + "%" * target_percent, True  # one form: all that are right vote for it
+        return right_form, True
     return str(value) + "%" * percent, False
 
 
@@ -364,12 +381,13 @@ def format_reward(problems, texts):
 
 
 SCRIPTS = {  # the letters of each script
-    "latin": "A-Za-zÀ-ÖØ-öø-ɏ", "han": "㐀-䶿一-鿿豈-﫿\U00020000-\U0003134f",
+    "latin": "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff",
+    "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f",
     "kana": "぀-ヿ", "hangul": "가-힯", "cyrillic": "Ѐ-ԯ", "greek": "Ͱ-Ͽ",
     "arabic": "؀-ۿ", "hebrew": "א-ת",
     "devanagari": "ऀ-ॿ", "thai": "฀-๿"}
 RUNS = {name: re.compile(f"[{letters}]+") for name, letters in SCRIPTS.items()}
-RUNS["other"] = re.compile(r"[^\W\d_" + "".join(SCRIPTS.values()) + "]")  # scripts not listed
+RUNS["other"] = re.compile(r"[^\W\d_" + "".join(SCRIPTS.values()) + "]+")  # scripts not listed
 UNSPACED = ("han", "kana", "thai")  # two letters count as one word
 MAX_READ = 10_000  # characters of the thinking that are checked for language and emoji
 

@@ -303,7 +303,10 @@ def test_written_answers_are_compared_exactly(target, text, right):
     ("864 cm^2", r"864\text{ cm}^2", 1), ("5 million", "5,000,000", 1), ("18", "18 元", 1),
     ("12 meters", "12 m", 1), ("5 h", "5 hours", 1), ("10 feet", "10 ft", 1), ("3 m", "3 mm", 0),
     ("9 minutes", "9 m", 0), ("5", "5 lakhs", 0), ("2", "2 root three", 0), ("5", "5 twelfths", 0),
-    ("3 cm^2", "3 cm²", 1)])
+    ("3 cm^2", "3 cm²", 1), ("200", "2 hundred fifty", 0), ("5", "5 feet six inches", 0),
+    ("12", "12 apples minus three apples", 0), ("12", "12 eggs times two", 0), ("12", "12 more", 1),
+    ("5000", "5 thousand three hundred", 0), ("8", "8十", 0), ("8", "8又二分之一", 0),
+    ("8", "8元五角", 0), ("8", "8个苹果", 1), ("8", "8 quarters", 1)])
 def test_units_are_compared_if_both_have_one_and_letters_are_none(target, text, right):
     assert answer(text, Problem("file", "q", (), target)) == right
 
@@ -339,6 +342,14 @@ def test_units_are_compared_if_both_have_one_and_letters_are_none(target, text, 
     (r"\{100,200\}", ["100, 200", "200,100"], ["100200"]), ("100, 200", ["100,200"], ["100200"]),
     ("xy", [r"x \cdot y"], ["x+y"]), (r"\frac{32}{x}", [], [r"3 \cdot \frac{2}{x}"]),
     (r"\binom{n}{2}", [r"\boxed{\binom{n}{2}}"], [r"\boxed{\binom{n}{3}}"]),
+    ("1,500 and 2,300", ["1500 and 2300", "2,300, 1,500"], ["1,300 and 2,500", "1 and 500,2,300"]),
+    (r"\frac{1\pm\sqrt5}{2}", ["(1±√5)/2"], ["1±√5/2", r"1\pm\frac{\sqrt5}{2}"]),
+    (r"\left\{-1,234\right\}", ["-1, 234", r"\{ 234, -1 \}"], ["-1234"]),
+    (r"\frac{3}{2^n}", ["3/2^n", r"\frac3{2^{n}}"], ["1.5^n", "3/2n"]), ("2^n", [], ["4/2^n"]),
+    (r"\frac{1}{n!}", ["1/n!"], []), (r"\frac{5}{\pi}", [r"5/\pi"], []), ("1/2!", [], ["2/4!"]),
+    (r"\frac{2}{x^2}", ["2/x^2"], [r"\frac{2}{x}^2"]), ("1/23", [], [r"\frac{1}{2}3"]),
+    ("3^{45}", ["3^45"], ["3^{4}5"]), (r"\log_{2}3", [r"\log_2 3"], [r"\log_{23}"]),
+    ("1 or 2", ["x=1,x=2", r"\boxed{x=2, x=1}"], ["x=1"]),
     ("7", [r"\boxed{{7}}"], []),
     ("18", ["18€", "€18", r"\boxed{7}\boxed{18}"],
      [r"\boxed{18} \boxed{", r"\boxed{18}\boxed{7}", r"\boxed{1", r"\boxed"])])
@@ -418,13 +429,27 @@ def test_replies_that_say_the_same_have_one_canonical_form():
     ("keep 3: 2+1=3 比 4 no", 2 / 3),
     ("no 不对", 1 / 2), ("no 都不行", 1 / 3),  # a Chinese word is two signs or one
     ("да no", 1 / 2), ("ａ no", 1 / 2), ("naïve café", 1), ("ok。好的好的", 1 / 3),
-    ("ok はい", 1 / 2)])
+    ("ok はい", 1 / 2), ("ok 네 개", 1 / 3), ("tiếng Việt", 1)])
 def test_language_consistency_is_the_share_of_words_in_the_questions_script(thinking, share):
     for text in (f"<think>{thinking}</think><answer>这里不算</answer>",
                  f"{thinking}</think><answer>no</answer>"):
         assert language_consistency([PROBLEM], [text]) == [pytest.approx(share)]
         assert one_language(PROBLEM, text) == pytest.approx(share)
     assert one_language(PROBLEM, thinking) == pytest.approx(share)  # without tags: all of it
+
+
+def test_korean_is_the_language_of_a_korean_question():
+    question = Problem("file", "세 명의 아이가 사과를 네 개씩 가지고 있다", (), "12")
+    said = ("셋 곱하기 넷", "三乘四", "three by four")
+    thought = [f"<think>{text}</think>{GOOD}" for text in said]
+    assert language_consistency([question] * 3, thought) == [1, 0, 0]
+
+
+def test_all_that_are_right_vote_for_one_form():
+    for target, texts in {"x=5": ("x=5", "5", "x = 5.0"), "0.5": ("1/2", r"\frac12", "50%"),
+                          "1,2": ("2, 1", "x=1, x=2")}.items():
+        found = {rewards.verify_written(Problem("file", "q", (), target), text) for text in texts}
+        assert len(found) == 1 and found.pop()[1]
 
 
 @pytest.mark.parametrize("text", [
