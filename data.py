@@ -487,8 +487,8 @@ def leave_out_long(cfg, tok, room):
     if cfg.eval_data and cfg.eval_data != cfg.data:
         problems, held_out = (file_problems(path, cfg.question_key, cfg.answer_key)
                               for path in (cfg.data, cfg.eval_data))
-        n, asked = len(problems), {problem.question for problem in held_out}
-        problems[:] = [problem for problem in problems if problem.question not in asked]
+        n, asked = len(problems), {" ".join(p.question.lower().split()) for p in held_out}
+        problems[:] = [p for p in problems if " ".join(p.question.lower().split()) not in asked]
         if len(problems) < n:
             print(f"{cfg.data}: {n - len(problems)} of {n} problems are left out, {cfg.eval_data} "
                   f"asks them as well")
@@ -932,6 +932,8 @@ def answers_in(messages, tok, cfg):
             opened = "<think>\n" * cfg.prefill_think
             ids = ids + [tok.end_id] * (not end) + tok.encode_marked(end + turn + opened, text)
         elif role == "assistant" and ids:
+            if cfg.prefill_think and "</think>" not in text:
+                raise ValueError(f"it does not think, and the prompt ends with <think>: {text!r}")
             rows.append((ids, completion_ids(text, tok, cfg)))
             ids = ids + rows[-1][1]
     if not rows:

@@ -432,7 +432,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
         raise UserError("generate needs at least one prompt, and at least one token in each")
     if max(lens) + max_new_tokens > context:
         raise UserError(f"a prompt of {max(lens)} tokens + max_new_tokens={max_new_tokens} do not "
-                        f"fit the context of {context}: lower --max_new_tokens or raise --context")
+                        f"fit the context of {context}: lower --max_new_tokens")
     N, L, device = len(prompts) * group_size, max(lens), model.cos.device  # rows, longest prompt
     u = torch.rand(max_new_tokens, N, generator=generator).to(device)
 
@@ -671,10 +671,12 @@ def atomic_write(path):
                 if not wait:
                     raise
                 time.sleep(wait)
-    except OSError as e:
-        with suppress(OSError):
+    except (OSError, RuntimeError) as e:  # the latter is what torch.save makes of a full disk
+        why = e.strerror if isinstance(e, OSError) else "is the disk full?"
+        raise UserError(f"cannot write {path} ({why or e}); it is unchanged") from None
+    finally:
+        with suppress(OSError):  # there unless it was renamed
             os.remove(path + ".tmp")
-        raise UserError(f"cannot write {path} ({e.strerror or e}); it is unchanged") from None
 
 
 @contextmanager
@@ -744,10 +746,10 @@ def onednn_pays():
     x, weight = (torch.ones(n, 128, requires_grad=True) for n in (2048, 256))
     seconds = {}
     try:
-        for product in 6 * [F.linear, OneDNN.apply]:
-            start = time.process_time()
+        for product in 20 * [F.linear, OneDNN.apply]:
+            start = time.perf_counter()
             product(x, weight).sum().backward()
-            took = time.process_time() - start
+            took = time.perf_counter() - start
             seconds[product] = min(took, seconds.get(product, took))
     except (AttributeError, RuntimeError, NotImplementedError):  # a private operator of torch
         return False

@@ -334,14 +334,17 @@ def evaluate(model, tok, problems, k, cfg, temperature):
 def evaluate_tasks(model, tok, cfg, folder):
     """Held-out problems of cfg.data.tasks(), sampled at the training temperature, at the paper's
     0.6 and greedily, into FOLDER/eval.json and samples.jsonl. A toy model is asked up to 100
-    general requests of each kind, and a twentieth as many problems of every other task, as well."""
+    general requests of each kind, and a twentieth as many problems of every other task, as well,
+    unless FOLDER holds more about it."""
     main, k, n = cfg.data.tasks(), cfg.sample.eval_samples, cfg.data.eval_problems
     results, samples, tasks = read_results(folder), [], dict.fromkeys(main, n)
     model = for_sampling(model, cfg.sample)
     if not (cfg.sample.init_from or cfg.data.data):
         others = [task for task in data.TASKS if task not in (*main, "file")]
-        tasks |= {task: min(n, 100) if task in data.GENERAL else max(1, n // 20)
+        beside = {task: min(n, 100) if task in data.GENERAL else max(1, n // 20)
                   for task in others}
+        tasks |= {task: n for task, n in beside.items()
+                  if results.get(task, {}).get("problems", 0) <= n}
     for task, n in tasks.items():
         problems = data.eval_problems(cfg.data, n, task)
         results[task], found = evaluate(model, tok, problems, k, cfg, cfg.grpo.temperature)
@@ -350,8 +353,9 @@ def evaluate_tasks(model, tok, cfg, folder):
             for name, samples_each, temperature in (("T=0.6", 4, 0.6), ("greedy", 1, 0.0)):
                 other, _ = evaluate(model, tok, problems, samples_each, cfg, temperature)
                 results[task][f"pass@1_{name}"] = other["pass@1"]
-    results.pop("win_rate", None)
-    results |= win_rates(samples, tok, cfg.sample.out_dir)
+    if "chat" in tasks:
+        results.pop("win_rate", None)
+        results |= win_rates(samples, tok, os.path.join(folder, os.pardir))
     path = os.path.join(folder, "samples.jsonl")
     earlier = read_lines(path) if os.path.exists(path) else []
     write_lines(path, samples + [line for line in earlier if line.get("task") not in tasks])
@@ -453,7 +457,7 @@ class AskConfig:
     numbers: str = opt("", "your own countdown problem: numbers, as 3,7,2")
     target: int = opt(-1, "... and what to make of them")
     n: int = opt(4, "problems, or tries at your own one; with --to tries at each", least=1)
-    to: str = opt("", "JSONL file for all prompts and completions, which `train.py sft` reads")
+    to: str = opt("", "JSONL file for prompts and whole completions, which `train.py sft` reads")
     problems: int = opt(400, "... training problems to sample, at most", least=1)
     only_right: bool = opt(False, "... that are right: rejection sampling")
     temperature: float = opt(1.0, "0 takes the likeliest token", least=0)
@@ -464,7 +468,7 @@ class AskConfig:
     def rules(self):
         if 0 < self.temperature < 0.01:
             raise UserError(f"temperature={self.temperature} is neither 0 nor 0.01 or more")
-        if bool(self.numbers) != (self.target != AskConfig.target):
+        if bool(self.numbers) != (self.target >= 0):
             raise UserError("--numbers and --target, which is 0 or more, go together")
         if self.only_right and not self.to:
             raise UserError("--only_right needs --to=FILE.jsonl")
@@ -495,7 +499,8 @@ def render(problem, text, names=tuple(rewards.REWARDS)):
     # Accuracy is of interest for general requests, too, though nobody is rewarded for it there.
     names = [name for name in names if name == "accuracy" or rewards.applies(name, problem)]
     lines = [(style, printable(line)) for style, line in lines]
-    scores = [f"{name} {rewards.REWARDS[name]([problem], [text])[0]:.3g}" for name in names]
+    scores = [f"{name} {rewards.checked(name, rewards.REWARDS[name], [problem], [text])[0]:.3g}"
+              for name in names]
     return [*lines, ("plain", "scores"), ("plain", "    " + "  ".join(scores))]
 
 
@@ -540,7 +545,8 @@ def ask(args, given, path, beside=None):
 
 
 def write_traces(args, given):
-    """Completions of training problems as lines of `prompt` and `completion`."""
+    """Completions of training problems as lines of `prompt` and `completion`, but those that are
+    blank or cut: SFT would teach to end there."""
     if os.path.isdir(args.to):
         raise UserError(f"--to={args.to} is a folder: name a file")
     path, model, tok, cfg = open_checkpoint(given)
@@ -550,7 +556,8 @@ def write_traces(args, given):
     answers = sample_answers(for_sampling(model, cfg.sample), tok, problems, args.n, cfg,
                              args.temperature, generator, "sample")
     kept = [(problem, text) for problem, text, completion in answers
-            if not args.only_right or rewards.is_right(problem, text) and not completion.truncated]
+            if text.strip() and not completion.truncated
+            and (not args.only_right or rewards.is_right(problem, text))]
     write_lines(args.to, [{"prompt": data.in_words(problem, cfg.data), "completion": text}
                           for problem, text in kept])
     print(f"{args.to}: {len(kept)} of {len(answers)} completions by {path}, "

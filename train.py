@@ -34,6 +34,7 @@ import sys
 import textwrap
 import threading
 import time
+import zlib
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -150,12 +151,15 @@ def stage_config(stage, given, tok):
                         f"model without its adapters, always")
     if folder and cfg.train.base:
         raise UserError(f"--init_from={folder} and --base={cfg.train.base}: leave out one of them")
+    split = {os.path.realpath(path) for path in (cfg.data.data, cfg.data.eval_data)}
+    if cfg.data.eval_data and len(split) == 1:
+        raise UserError(f"--data and --eval_data={cfg.data.eval_data} are one file: leave out the "
+                        f"latter, and a part of it is held out")
     if folder:
-        shape = [key for key in names(GPTConfig, "context") if key in given]
-        if shape:
-            raise UserError(f"{', '.join(shape)} cannot be set: {folder} has its own shape")
         model = config_from_hf(read_json(os.path.join(folder, "config.json")))
         cfg.model = replace(model, context=min(model.context, cfg.model.context))
+        given = {key: value for key, value in given.items() if key != "context"}
+        refuse_shape(given, cfg.model, folder)
     elif cfg.data.data:
         raise UserError("--data needs --init_from=FOLDER: the toy base cannot read such questions")
     elif cfg.train.base_length > cfg.model.context:
@@ -168,9 +172,17 @@ def stage_config(stage, given, tok):
         with reading(cfg.train.base, "a checkpoint of this program"):
             cfg.model = GPTConfig(**state["model_config"])
             validate(cfg.model)
+        refuse_shape(given, cfg.model, cfg.train.base)
     if cfg.model.vocab_size < tok.n_vocab:
         raise UserError(f"vocab_size={cfg.model.vocab_size}: the tokenizer has {tok.n_vocab} ids")
     return cfg
+
+
+def refuse_shape(given, model, path):
+    """Raises UserError naming what of the model's shape was given and is another at `path`."""
+    shape = [key for key, value in vars(model).items() if given.get(key, value) != value]
+    if shape:
+        raise UserError(f"{', '.join(shape)} cannot be set: {path} has its own shape")
 
 
 def refuse_other_settings(cfg, state, keys, path, advice):
@@ -203,15 +215,15 @@ def names(cls, *left_out):
 
 
 CORPUS = ["task", "n_numbers", "max_number", "ops"]
-BASE = ["init_from", "seed", *CORPUS, "base_optimizer", "base_steps", "base_lr", "base_rows",
-        "base_length", *names(GPTConfig)]
-INHERITED = [*BASE, *names(DataConfig, "eval_problems", *CORPUS), "base", "traces", "lora_rank",
-             "lora_alpha"]  # BASE is in it: a stage grown from another base is of another run
-SFT = [*INHERITED, "source_problems", "source_samples", "max_new_tokens", "temperature",
+READING = ["base_steps", "base_lr", "base_rows", "base_length"]
+BASE = ["init_from", "seed", *CORPUS, "base_optimizer", *READING, *names(GPTConfig)]
+INHERITED = [*BASE, *names(DataConfig, "eval_problems", "mix", *CORPUS), "base", "traces",
+             "lora_rank", "lora_alpha"]  # BASE: a stage grown from another one is of another run
+SFT = [*INHERITED, "mix", "source_problems", "source_samples", "max_new_tokens", "temperature",
        "sft_steps", "sft_lr", "sft_rows"]
 RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
     "base": BASE,
-    "rl": [*INHERITED, *names(RewardConfig),
+    "rl": [*INHERITED, "mix", *names(RewardConfig),
            *names(GRPOConfig, "rl_steps", "eval_every", "micro_tokens")],
     "sft": [*SFT, "general_replies"],
     "pairs": [*SFT, "label_noise"],
@@ -250,10 +262,14 @@ class Run:
             if not asked and self.saved["step"] >= then.get(steps, math.inf):
                 # Finished, and needed only by others: --rl_lr, say, is meant for those.
                 self.steps, keys = self.saved["step"], [key for key in keys if key in INHERITED]
+            if cfg.train.base and "n_layer" not in self.stage.settings:  # it read the corpus
+                keys = [key for key in keys if key not in READING]
             refuse_other_settings(cfg, self.saved, keys, self.dir,
                                   "delete it or choose another --out_dir")
             self.began = self.saved.get("began", self.began)
             self.ended = self.saved.get("ended", self.ended)
+        elif name == "base" and cfg.train.base:
+            self.ended = load_checkpoint(cfg.train.base).get("ended", 0.0)
         # Checkpoints say what "auto" meant. A resumed run and all later sampling keep that dtype,
         # because RL moves weights by less than bfloat16 can represent.
         then = self.saved.get("settings", {})
@@ -289,6 +305,11 @@ class Run:
             self.log_size = f.tell()
         self.saved = {"step": step}  # the rest is in use now, and large
         return step
+
+    def forget_evaluation(self):
+        for file in ("eval.json", "samples.jsonl"):
+            with suppress(FileNotFoundError):
+                os.remove(self.path(file))
 
     def load(self, stage, cls=GPT):
         """The model of a stage; of `base` with --init_from, the real one, in the dtype that it is
@@ -740,7 +761,7 @@ def run_stage(name, given, asked=True, earlier=None):
         if other in (earlier or {}) and earlier[other].ended > run.began:
             raise UserError(f"{run.dir} grew from an earlier {other}: delete it and the stages "
                             f"after it, or choose another --out_dir")
-    result = "pairs" if is_rm else run.cfg.data.tasks()[0]
+    result, of = "pairs" if is_rm else run.cfg.data.tasks()[0], None
     if name == "base" and (run.cfg.sample.init_from or base):
         print(f"base: {run.cfg.sample.init_from or base}")  # trained elsewhere
         if not given.get("traces"):  # else RL starts from other weights
@@ -748,15 +769,17 @@ def run_stage(name, given, asked=True, earlier=None):
         if base and run.saved["step"] and not os.path.samefile(base, run.path("ckpt.pt")):
             raise UserError(f"{run.dir} holds a base that was trained here: leave out --base or "
                             f"choose another --out_dir")
-        if base and result not in read_results(run.dir):
-            write_json(run.path("eval.json"), read_results(os.path.dirname(base)))
+        of = origin(base or run.cfg.sample.init_from, run.ended, run.cfg)
+        if base:  # what is known of it, in its own folder
+            write_json(run.path("eval.json"), read_results(run.dir) | {
+                task: {**found, "of": of} for task, found
+                in read_results(os.path.dirname(base)).items() if task in data.TASKS})
     elif run.saved["step"] >= run.steps:
         print(f"{name}: done ({run.path('ckpt.pt')}, {run.saved['step']} steps)")
+        run.saved = {"step": run.saved["step"]}  # the rest is large
     else:
         print(f"{name}: {run.steps} steps on {run.device}, into {run.dir}")
-        for file in ("eval.json", "samples.jsonl"):  # left by a run of fewer steps
-            with suppress(FileNotFoundError):
-                os.remove(run.path(file))
+        run.forget_evaluation()  # of a run of fewer steps
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread:  # elsewhere Python allows no handlers
             signal.signal(signal.SIGINT, run.stop_after_step)
@@ -766,13 +789,31 @@ def run_stage(name, given, asked=True, earlier=None):
             if in_main_thread:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
         plot_curves(run.dir)
-    if result not in read_results(run.dir):
+    found = read_results(run.dir).get(result, {})
+    asked = is_rm or "pass@1_greedy" in found  # else perhaps in passing
+    if not found or not asked or of and found.get("of") != of:
         model = run.load(name, RewardModel if is_rm else GPT)  # as saved: adapters are merged
         if is_rm:
             evaluate_reward_model(run, model)
         else:
             sample.evaluate_tasks(model, run.tok, run.to_ask(name), run.dir)
+            if of:
+                mark(run.dir, run.cfg.data.tasks(), of)
     return run
+
+
+def origin(path, ended, cfg):
+    """What tells apart the evaluations of bases that were trained elsewhere: the checkpoint or
+    folder, when that was trained, and how it was asked."""
+    asked = [vars(cfg.data)[key] for key in names(DataConfig, "task", "mix", "eval_problems")]
+    return f"{zlib.crc32(repr([os.path.realpath(path), ended, asked]).encode()):08x}"
+
+
+def mark(folder, tasks, of):
+    """Writes down of which base the results of `tasks` in FOLDER/eval.json are."""
+    results = read_results(folder)
+    results |= {task: {**results[task], "of": of} for task in tasks}
+    write_json(os.path.join(folder, "eval.json"), results)
 
 
 def memory_plan(cfg, prompt_len, device, shared_len=0):
@@ -944,6 +985,8 @@ def run_eval(given):
     if is_folder and os.path.exists(os.path.join(folder, "ckpt.pt")):
         raise UserError(f"{folder} holds a base that was trained here: choose another --out_dir")
     sample.evaluate_tasks(model, tok, cfg, folder)
+    if is_folder:
+        mark(folder, cfg.data.tasks(), origin(path, 0.0, cfg))
     print_tables({folder or path: read_results(folder)}, cfg.data.tasks())
 
 

@@ -173,12 +173,13 @@ def test_an_official_test_split_is_what_is_evaluated_on_and_all_else_is_trained_
 
 
 def test_what_the_test_split_asks_is_not_trained_on(tmp_path, capsys):
-    tests = [{"question": "And 1?", "answer": 1}, ROWS[0], ROWS[3]]
+    respelt = f" {ROWS[3]['question'].upper()}\r\n"
+    tests = [{"question": "And 1?", "answer": 1}, ROWS[0], {"question": respelt, "answer": 1}]
     cfg = DataConfig(data=write_rows(tmp_path / "train.jsonl", ROWS),
                      eval_data=write_rows(tmp_path / "test.jsonl", tests))
     data.leave_out_long(cfg, TOK, 1000)
     drawn = {draw_problem(cfg, random.Random(n)).question for n in range(300)}
-    assert not drawn & {row["question"] for row in tests} and len(drawn) == len(ROWS) - 2
+    assert drawn == {row["question"] for row in ROWS} - {ROWS[i]["question"] for i in (0, 3)}
     assert f"2 of {len(ROWS)} problems are left out" in capsys.readouterr().out
 
 

@@ -539,15 +539,16 @@ def test_right_completions_become_traces(finished, tmp_path, monkeypatch, capsys
     path, right = tmp_path / "traces.jsonl", []
 
     def answers(model, tok, problems, k, cfg, *others):
-        assert not any(p.held_out for p in problems) and (len(problems), k) == (5, 2)
+        assert not any(p.held_out for p in problems) and (len(problems), k) == (5, 4)
         assert len({p.key for p in problems}) == 5
-        return [(p, f"<answer>{p.target + i}</answer>", Completion([], [], None, i > 1))
-                for p in problems for i in range(k)]
+        texts = "<answer>{0}</answer>", "<answer>{1}</answer>", "<answer>{0}</answer>", "\n"
+        return [(p, text.format(p.target, p.target + 1), Completion([], [], None, i == 2))
+                for p in problems for i, text in enumerate(texts)]  # right, wrong, cut, blank
 
     monkeypatch.setattr(sample, "sample_answers", answers)
-    flags = ["--task=arithmetic", "--n=2", "--problems=5", f"--to={path}"]
-    assert "10 of 10" in ask(finished, capsys, *flags)
-    assert "5 of 10" in ask(finished, capsys, *flags, "--only_right")
+    flags = ["--task=arithmetic", "--n=4", "--problems=5", f"--to={path}"]
+    assert "10 of 20" in ask(finished, capsys, *flags)
+    assert "5 of 20" in ask(finished, capsys, *flags, "--only_right")
     tok, cfg = data.load_tokenizer(), data.DataConfig(task="arithmetic")
     for prompt, said in data.read_traces(str(path), tok, cfg):
         question, answer = tok.decode(prompt), tok.decode(said)
@@ -650,6 +651,7 @@ def test_a_prompt_longer_than_the_context_is_refused_in_one_line(finished, capsy
     (["--temperature=hot"], ["temperature", "hot"]),
     (["--temperature=1e-40"], ["temperature=1e-40"]), (["--to=/"], ["--to=/ is a folder"]),
     (["--numbers=1,2", "--target=-1"], ["--target", "0 or more"]),
+    (["--numbers=1,2", "--target=-5"], ["--target", "0 or more"]),
     (["--task=chess"], ["chess", "countdown"]),
     (["--device=abacus"], ["abacus"]),
     (["--what"], ["--what"])])

@@ -282,19 +282,22 @@ def test_one_step_that_is_not_finite_is_skipped_and_the_run_goes_on(
     assert capsys.readouterr().out.count("SKIPPED") == 2
 
 
+@pytest.mark.parametrize("error, said", [
+    (OSError(28, "No space left on device"), "No space left"),
+    (RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos"), "disk full")])
 def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_checkpoint(
-        finished, tmp_path, monkeypatch, capsys):
+        finished, tmp_path, monkeypatch, capsys, error, said):
     folder = tmp_path / "out" / "zero"
     shutil.copytree(finished, tmp_path / "out")
     before = (folder / "ckpt.pt").read_bytes()
 
     def full(state, f):
         f.write(b"half")
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(torch, "save", full)
     err = refusal(train.main, ["zero", *ZERO, "--rl_steps=9", f"--out_dir={folder.parent}"], capsys)
-    assert "No space left" in err
+    assert said in err and "it is unchanged" in err
     assert (folder / "ckpt.pt").read_bytes() == before and not list(folder.glob("*.tmp"))
 
 
@@ -462,12 +465,52 @@ def test_an_experiment_can_start_from_the_base_of_another_folder(finished, tmp_p
     assert not (tmp_path / "base" / "ckpt.pt").exists()
     assert torch.equal(weights(tmp_path / "zero"), weights(finished / "zero"))
     assert read(tmp_path / "zero", "metrics.jsonl") == read(finished / "zero", "metrics.jsonl")
-    theirs, mine = ((folder / "base" / "eval.json").read_text() for folder in (finished, tmp_path))
-    assert json.loads(theirs) == json.loads(mine)
+    theirs, mine = (results(folder / "base") for folder in (finished, tmp_path))
+    assert all(found.pop("of") for found in mine.values()) and theirs == mine
     assert "base" in capsys.readouterr().out.split("pass@1")[-1]  # a row of the table
     err = refusal(train.main, [*ZERO, base, "--ops=+", f"--out_dir={tmp_path}/other"], capsys)
     assert "ops=+-*, not +" in err and "ckpt.pt" in err
     assert "no checkpoint" in refusal(train.main, [*ZERO, "--base=nowhere"], capsys)
+    err = refusal(train.main, [*ZERO, base, "--n_layer=5", f"--out_dir={tmp_path}/other"], capsys)
+    assert "n_layer cannot be set" in err and "ckpt.pt has its own shape" in err
+
+
+def test_what_is_known_of_a_base_is_known_of_no_other(finished, tmp_path, monkeypatch, capsys):
+    """Neither of one at another place, nor of one that was trained since; and what was not used to
+    make it may change."""
+    asked = []
+    evaluate = sample.evaluate_tasks
+    monkeypatch.setattr(sample, "evaluate_tasks", lambda *args: (asked.append(args[3]),
+                                                                 evaluate(*args)))
+    theirs, mine = tmp_path / "theirs.pt", tmp_path / "mine"
+    state = load_checkpoint(finished / "base" / "ckpt.pt")
+    save_checkpoint(str(theirs), state)  # no evaluation lies beside it
+    flags = [flag for flag in ZERO if flag not in SHAPE]
+    run(mine, f"--base={theirs}", tiny=flags)
+    run(mine, f"--base={theirs}", tiny=[f for f in flags if "base_steps" not in f])  # done
+    assert [os.path.basename(folder) for folder in asked] == ["base", "zero"]
+    asked.clear()
+    save_checkpoint(str(theirs), {**state, "ended": time.time() + 1})
+    err = refusal(train.main, [*flags, f"--base={theirs}", f"--out_dir={mine}"], capsys)
+    assert "zero grew from an earlier base" in err
+    shutil.rmtree(mine / "zero")
+    with monkeypatch.context() as later:
+        later.setattr(train.time, "time", lambda now=time.time: now() + 60)
+        run(mine, f"--base={theirs}", tiny=flags)
+    assert [os.path.basename(folder) for folder in asked] == ["base", "zero"]
+
+
+def test_an_evaluation_in_passing_replaces_no_fuller_one_and_does_not_count_as_one(
+        finished, tmp_path):
+    shutil.copytree(finished / "zero", tmp_path / "zero")
+    before, ckpt = results(tmp_path / "zero"), f"--ckpt={tmp_path}/zero/ckpt.pt"
+    run(tmp_path, "eval", ckpt, "--task=logic", "--eval_problems=2", tiny=[])
+    after = results(tmp_path / "zero")
+    assert after["countdown"] == before["countdown"] and after["logic"]["problems"] == 2
+    assert "pass@1_greedy" in after["logic"] and "pass@1_greedy" not in before["logic"]
+    of_countdown = [[line for line in read(folder / "zero", "samples.jsonl")
+                     if line["task"] == "countdown"] for folder in (finished, tmp_path)]
+    assert of_countdown[0] == of_countdown[1] != []
 
 
 def test_a_base_with_another_tokenizer_is_refused(finished, tmp_path, capsys):
@@ -857,6 +900,13 @@ def whole(finished, tmp_path_factory):
     return out
 
 
+def test_a_later_stage_may_have_another_mix_than_a_finished_one(whole):
+    given = train.parse([*PIPELINE, "--mix=task:1,chat:1", f"--out_dir={whole}"])[1]
+    train.Run("zero", given, asked=False)
+    with pytest.raises(UserError, match="mix="):
+        train.Run("zero", given)
+
+
 def test_the_whole_pipeline_runs(whole):
     out = (whole / "printed.txt").read_text("utf-8")
     assert "held-out pairs it agrees with the annotators" in out and "5 scripted replies" in out
@@ -935,13 +985,22 @@ def test_a_run_has_the_threads_that_it_was_given(tmp_path, monkeypatch):
     assert seen == [3]
 
 
+def test_one_file_is_no_split_into_two(tmp_path, capsys):
+    rows = [{"question": f"{n}?", "answer": n} for n in range(9)]
+    file = write_traces(tmp_path / "d.jsonl", rows)
+    flags = [f"--data={file}", f"--eval_data={os.path.relpath(file)}", "--init_from=nowhere"]
+    given = train.parse([*flags, f"--out_dir={tmp_path}"])[1]
+    with pytest.raises(UserError, match="are one file"):
+        train.stage_config(train.STAGES["zero"], given, data.load_tokenizer())
+
+
 def test_a_base_elsewhere_that_was_not_evaluated_is_evaluated_here(finished, tmp_path):
     shutil.copytree(finished / "base", tmp_path / "there" / "base")
     (tmp_path / "there" / "base" / "eval.json").unlink()
     run(tmp_path / "here", f"--base={tmp_path}/there/base/ckpt.pt",
         tiny=[flag for flag in ZERO if flag not in SHAPE])
-    here = results(tmp_path / "here" / "base")
-    assert here["countdown"] == results(finished / "base")["countdown"]
+    here = results(tmp_path / "here" / "base")["countdown"]
+    assert here.pop("of") and here == results(finished / "base")["countdown"]
 
 
 def test_a_slip_changes_one_token_of_the_answer_and_nothing_else():
@@ -1336,6 +1395,16 @@ def test_traces_are_answers_behind_what_came_before_them(tmp_path, template):
     assert [tuple(map(tok.decode, row)) for row in rows] == [
         (one, "3"), (one, "3"), (two, "4"), (one, "3")]
     assert rows[2][0].count(tok.end_id) == (not end)  # what ends an answer ends one within a chat
+
+
+def test_a_trace_behind_an_open_think_tag_has_to_close_it(tmp_path):
+    tok, cfg = data.load_tokenizer(), data.DataConfig(template="base", prefill_think=True)
+    for said in ("1+2=3</think><answer>3</answer>", "<think>\n1+2=3\n</think><answer>3</answer>"):
+        path = write_traces(tmp_path / "a", [{"prompt": "what is 1+2", "completion": said}])
+        (prompt, learnt), = data.read_traces(path, tok, cfg)
+        assert tok.decode(prompt).endswith("<think>\n") and "<think>" not in tok.decode(learnt)
+    with pytest.raises(UserError, match="line 1 of .*does not think"):
+        data.read_traces(write_traces(tmp_path / "b", TRACES), tok, cfg)
 
 
 def test_traces_go_on_after_the_think_that_a_prompt_ends_with(tmp_path):
