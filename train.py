@@ -131,7 +131,7 @@ LORA_DEFAULTS = {"rl_lr": 1e-5, "sft_lr": 1e-4}  # with --lora_rank: adapters wa
 TASK_DEFAULTS = {  # what suits a task better; short documents: more and smaller steps
     "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
     "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
-    "all": {"base_steps": 2400, "rl_steps": 100, "rl_decay": 0.0, "prompts_per_step": 24,
+    "all": {"base_steps": 2400, "rl_steps": 120, "rl_decay": 0.4, "prompts_per_step": 24,
             "source_problems": 800, "sft_steps": 100, "eval_problems": 100},
 }
 
