@@ -66,6 +66,8 @@ def tasks_of(settings):
 
 def results_of(folder, tasks):
     results = sample.read_results(folder)
+    for found in results.values():
+        found.pop("of", None)  # see `train.origin`
     return {task: results[task] for task in tasks}
 
 

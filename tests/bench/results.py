@@ -111,6 +111,8 @@ def gather(known):
             path = os.path.join(where, stage, "eval.json")
             if os.path.exists(path):
                 stages[stage] = round_all(read(path))
+                for found in stages[stage].values():
+                    found.pop("of", None)  # see `train.origin`
                 if os.path.exists(os.path.join(where, stage, "samples.jsonl")) and (
                         "countdown" in stages[stage]):
                     stages[stage]["countdown"] |= round_all(in_samples(where, stage))
