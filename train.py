@@ -686,7 +686,7 @@ class Stage:
 SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "mlp_dim": 128}
 SHORT_RL = {"rl_steps": 30}
 ALL_SCENARIOS = {"mix": "task:2,chat:1,unsafe:1", "w_language": 0.5, "w_preference": 0.5,
-                 "w_harmless": 2.0}
+                 "w_harmless": 2.0, "rl_decay": 0.0}
 STAGES = {  # in the paper's order: whatever a stage needs is above it. Figures found by trial
     "base": Stage(train_base, "base", None, None, {}),
     "sft": Stage(train_traces, "sft", "base", None, {}),
