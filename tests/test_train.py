@@ -1397,16 +1397,6 @@ def test_traces_are_answers_behind_what_came_before_them(tmp_path, template):
     assert rows[2][0].count(tok.end_id) == (not end)  # what ends an answer ends one within a chat
 
 
-def test_a_trace_behind_an_open_think_tag_has_to_close_it(tmp_path):
-    tok, cfg = data.load_tokenizer(), data.DataConfig(template="base", prefill_think=True)
-    for said in ("1+2=3</think><answer>3</answer>", "<think>\n1+2=3\n</think><answer>3</answer>"):
-        path = write_traces(tmp_path / "a", [{"prompt": "what is 1+2", "completion": said}])
-        (prompt, learnt), = data.read_traces(path, tok, cfg)
-        assert tok.decode(prompt).endswith("<think>\n") and "<think>" not in tok.decode(learnt)
-    with pytest.raises(UserError, match="line 1 of .*does not think"):
-        data.read_traces(write_traces(tmp_path / "b", TRACES), tok, cfg)
-
-
 def test_traces_go_on_after_the_think_that_a_prompt_ends_with(tmp_path):
     tok, cfg = data.load_tokenizer(), data.DataConfig(template="base", prefill_think=True)
     for start in ("<think>\n", "<think>", "\n<think>\n", ""):
