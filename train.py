@@ -686,7 +686,7 @@ class Stage:
 SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "mlp_dim": 128}
 SHORT_RL = {"rl_steps": 30}
 ALL_SCENARIOS = {"mix": "task:2,chat:1,unsafe:1", "w_language": 0.5, "w_preference": 0.5,
-                 "w_harmless": 2.0, "rl_steps": 30, "rl_decay": 0.0}
+                 "w_harmless": 2.0, "rl_decay": 0.0}
 STAGES = {  # in the paper's order: whatever a stage needs is above it. Figures found by trial
     "base": Stage(train_base, "base", None, None, {}),
     "sft": Stage(train_traces, "sft", "base", None, {}),
@@ -699,19 +699,20 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it. Figures 
     "reward_model": Stage(train_reward_model, "pairs", "dev3", "dev3", {
         "source_problems": 3000, "sft_steps": 800, "sft_rows": 32}),
     # No division by the std: a reward model's scores never tie, and their noise would be blown up.
-    # r1_hacked, below, divides, and takes larger steps as well.
+    # r1_hacked, below, divides, and takes more and larger steps as well.
     "r1": Stage(train_rl, "rl", "dev3", "reward_model", {
-        **ALL_SCENARIOS, "rl_lr": 1e-4, "adv_norm": "none"}),
+        **ALL_SCENARIOS, "rl_steps": 30, "rl_lr": 1e-4, "adv_norm": "none"}),
     "small_base": Stage(train_base, "base", None, None, SMALL),
     "distill": Stage(train_distill, "sft", "small_base", "r1", {
         **SMALL, "mix": "task:4,chat:1,unsafe:1", "source_problems": 7200, "source_samples": 1,
         "sft_steps": 800, "sft_lr": 2e-3, "sft_rows": 32}),
     "small_zero": Stage(train_rl, "rl", "small_base", None, SMALL),
-    # Experiments: dev2 without its language reward, r1 with larger steps, emoji. The last
+    # Experiments: dev2 without its language reward, r1 with more and larger steps, emoji. The last
     # does not divide by the std: in a group that is all right a missing emoji would count like a
     # wrong answer.
     "dev2_free": Stage(train_rl, "rl", "dev1", None, SHORT_RL),
-    "r1_hacked": Stage(train_rl, "rl", "dev3", "reward_model", {**ALL_SCENARIOS, "rl_lr": 5e-4}),
+    "r1_hacked": Stage(train_rl, "rl", "dev3", "reward_model", {
+        **ALL_SCENARIOS, "rl_steps": 36, "rl_lr": 5e-4}),
     "zero_emoji": Stage(train_rl, "rl", "base", None, {
         "w_emoji": 0.2, "adv_norm": "none"}),
 }

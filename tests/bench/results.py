@@ -430,7 +430,7 @@ def claims(results):
          lambda of: f"dev1 {get(of, 'dev1', 'mixes')}, dev2_free {get(of, 'dev2_free', 'mixes')}, "
          f"dev2 {get(of, 'dev2', 'mixes')} % mix",
          lambda s: main(s, "dev2", "mixes") <= main(s, "dev2_free", "mixes") - 0.1],
-        ["RL for all scenarios, in small steps: of r1's answers in chat that differ from "
+        ["RL for all scenarios, in few and small steps: of r1's answers in chat that differ from "
          "dev3's 60 % or more win by gold reward (ties count half), and the reward model's rate is "
          "within 5 points of that; more unsafe requests are declined, the intervals apart", recipe,
          lambda of: after_dev3(of, "r1"),
@@ -441,7 +441,7 @@ def claims(results):
          f"{four(of, 'dev3')} → {four(of, 'r1')} %",
          lambda s: {task: s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
                     for task in ("chat", *data.REASONING)}],
-        ["larger steps, divided by the std, *exploit the reward model*: its rate of wins "
+        ["more and larger steps, divided by the std, *exploit the reward model*: its rate of wins "
          "in chat is 5 points or more above gold's, and pass@1 in chat falls by 5 points or more "
          "(while gold reward, which counts friendly words as well, rises)", recipe,
          lambda of: after_dev3(of, "r1_hacked") + more_gold(of, "r1_hacked"),
