@@ -484,11 +484,14 @@ def leave_out_long(cfg, tok, room):
         if len(problems) < n:
             print(f"{path}: {n - len(problems)} of {n} problems are left out, their prompts are "
                   f"longer than context - max_new_tokens = {room}")
+    def asks(problem):  # whatever the case and the spaces
+        return " ".join(problem.question.lower().split())
+
     if cfg.eval_data and cfg.eval_data != cfg.data:
         problems, held_out = (file_problems(path, cfg.question_key, cfg.answer_key)
                               for path in (cfg.data, cfg.eval_data))
-        n, asked = len(problems), {" ".join(p.question.lower().split()) for p in held_out}
-        problems[:] = [p for p in problems if " ".join(p.question.lower().split()) not in asked]
+        n, asked = len(problems), set(map(asks, held_out))
+        problems[:] = [problem for problem in problems if asks(problem) not in asked]
         if len(problems) < n:
             print(f"{cfg.data}: {n - len(problems)} of {n} problems are left out, {cfg.eval_data} "
                   f"asks them as well")

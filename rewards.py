@@ -205,7 +205,7 @@ def verify_reply(problem, answer):
 # To skip at first: answers as people write them, for --data
 
 
-# What is divided by without brackets: 12, x, \\pi, \\sqrt(2), each with an index, power, factorial.
+# What is divided by without brackets: 12, x, \pi, \sqrt(2), each with an index, power, factorial.
 ATOM = (r"([0-9]+|[^\W\d_]|\\(?!sqrt)[a-z]+|\\sqrt\(\w+\))(_\w)?(\^([0-9]+|\w|\([^()]*\)))?!?")
 
 

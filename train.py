@@ -306,11 +306,6 @@ class Run:
         self.saved = {"step": step}  # the rest is in use now, and large
         return step
 
-    def forget_evaluation(self):
-        for file in ("eval.json", "samples.jsonl"):
-            with suppress(FileNotFoundError):
-                os.remove(self.path(file))
-
     def load(self, stage, cls=GPT):
         """The model of a stage; of `base` with --init_from, the real one, in the dtype that it is
         sampled with if adapters leave it as it is. Where adapters are merged into the weights,
@@ -779,7 +774,9 @@ def run_stage(name, given, asked=True, earlier=None):
         run.saved = {"step": run.saved["step"]}  # the rest is large
     else:
         print(f"{name}: {run.steps} steps on {run.device}, into {run.dir}")
-        run.forget_evaluation()  # of a run of fewer steps
+        for file in ("eval.json", "samples.jsonl"):  # left by a run of fewer steps
+            with suppress(FileNotFoundError):
+                os.remove(run.path(file))
         in_main_thread = threading.current_thread() is threading.main_thread()
         if in_main_thread:  # elsewhere Python allows no handlers
             signal.signal(signal.SIGINT, run.stop_after_step)

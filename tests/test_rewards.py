@@ -439,7 +439,7 @@ def test_language_consistency_is_the_share_of_words_in_the_questions_script(thin
 
 
 def test_korean_is_the_language_of_a_korean_question():
-    question = Problem("file", "세 명의 아이가 사과를 네 개씩 가지고 있다", (), "12")
+    question = Problem("file", "세 아이가 사과를 네 개씩 가지고 있다", (), "12")
     said = ("셋 곱하기 넷", "三乘四", "three by four")
     thought = [f"<think>{text}</think>{GOOD}" for text in said]
     assert language_consistency([question] * 3, thought) == [1, 0, 0]
