@@ -3,7 +3,7 @@
 The corpus shows problems and attempts at them as a web corpus would: with and without tags, right
 and wrong, patient and hasty, in two languages.
 
-    python data.py      # a few documents, and how many of their authors are right
+    python data.py      # eight documents, and the habits behind 10,000 attempts at countdown
 """
 import json
 import random
@@ -840,8 +840,9 @@ def document(cfg, rng):
 
 
 def table_line(cfg, habits, rng):
-    """A sum compared with a number that it equals or nearly equals. Hits are rare in attempts, and
-    long thinking is of no use with a base that overlooks one in twenty."""
+    """A sum compared with a number that it equals or nearly equals. Attempts hold few
+    hits, so the base would not learn to see them, and where it overlooks one in twenty, long
+    thinking does not pay."""
     while True:
         a, b = sorted((rng.randint(0, LARGEST), rng.randint(1, cfg.max_number)), reverse=True)
         op, c = rng.choice(list(combine(a, b, cfg.ops)) or [(None, None)])
@@ -852,8 +853,8 @@ def table_line(cfg, habits, rng):
 
 
 def prose_line(rng):
-    """The words of general requests, much of it said twice: the base learns names and how to
-    repeat, and never sees a request."""
+    """Lines of the words of general requests, of which many repeat something: the base learns to
+    copy, and never sees a request."""
     words, kind = rng.sample(THINGS + NAMES, rng.randint(2, 4)), rng.choice(list(KINDS))
     a, b = rng.sample(NAMES, 2)
     short = draw_animal(rng)
@@ -1075,7 +1076,7 @@ def main():
     rng, cfg = random.Random(0), DataConfig()
     for _ in range(8):
         print(*document(cfg, rng), sep="", end="\n\n")
-    counts = Counter()
+    counts, solved = Counter(), dict.fromkeys((3, 12, 18, 30), 0)
     for _ in range(10_000):
         problem, habits = draw_problem(cfg, rng), draw_habits(rng)
         lines, _ = write_countdown(problem, cfg, habits, rng)
@@ -1087,8 +1088,14 @@ def main():
             "check results": checks, "patient": patient, "tags and checks": tags and checks,
             "tags and patience": tags and patient,
             "checks and patience": checks and patient, "all three": tags and checks and patient})
+        tireless = Habits(chinese=0.0, layout="full", checks=True, patience=99)
+        searched, _ = write_countdown(problem, cfg, tireless, random.Random(0))
+        misses = sum(line.endswith(WORDS["miss"][0]) for line in searched)
+        solved = {patience: n + (misses < patience) for patience, n in solved.items()}
     print("of 10,000 attempts at puzzles that can be solved: "
           + ", ".join(f"{name} {n / 100:.1f} %" for name, n in counts.items()))
+    print(f"who checks, and gives up after {' / '.join(map(str, solved))} misses, solves "
+          f"{' / '.join(f'{n / 100:.1f}' for n in solved.values())} % of them")
 
 
 if __name__ == "__main__":

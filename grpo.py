@@ -37,10 +37,11 @@ have its advantage A. Then
     kl_t  = pi_ref/pi - log(pi_ref/pi) - 1                          "k3" of a token, >= 0     (4)
     loss  = mean over completions of the mean over their tokens of  L_t + beta kl_t           (5)
 
-At the first optimiser step on a rollout pi = pi_old, and the gradient of rho_t is that of log pi,
-so (3) has the form of the identity above. It is not exactly grad E[r]: the mean of the group
-includes r itself, dividing by the std weights problems unequally, and the mean over a completion's
-own tokens weights completions unequally (Dr. GRPO, arXiv 2503.20783, does without the last two).
+At the first optimiser step on a rollout pi = pi_old: rho_t is 1, nothing is clipped, and since the
+gradient of rho_t is then that of log pi, the gradient of -L_t is A grad log pi, the identity above
+with A for r - b. It is not exactly grad E[r]: the mean of the group includes r itself, dividing by
+the std weights problems unequally, and the mean over a completion's own tokens weights completions
+unequally (Dr. GRPO, arXiv 2503.20783, does without the last two).
 The clip stops pushing a token once its ratio has moved by eps in the direction that A asks for.
 beta keeps the policy near the reference while it chases the reward.
 
@@ -317,7 +318,8 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
     policy_loss = -torch.min(ratio * adv, clipped * adv)
 
     # (4) "k3" (Schulman 2020). Averaged over tokens sampled from pi its value is KL(pi || pi_ref),
-    # but its gradient is that of KL(pi_ref || pi), as in published GRPO; near pi_ref they agree.
+    # but its gradient is that of KL(pi_ref || pi), as in published GRPO: autograd does not see that
+    # the tokens, too, depend on pi. Near pi_ref the two agree.
     # k3 times the ratio has both the value and the gradient of KL(pi || pi_ref). (exp() once more:
     # a variant may replace `ratio`, and the KL must not change with it.)
     kl = torch.zeros_like(ratio)
@@ -361,7 +363,7 @@ def log_step(run, step, sampled, update, took, update_s, cfg):
         "step": step, "reward": mean([sample.reward for sample in samples]),
         **{f"reward/{name}": value for name, value in parts.items()}, "length": mean(lengths),
         "truncated": mean([sample.truncated for sample in samples]),
-        # The share of groups that teach nothing; of those with no outcome but right, or but wrong.
+        # Shares of groups: that teach nothing; whose samples are all right; all wrong.
         "zero_variance": len(same) / len(sampled),
         "all_right": outcomes.count({1}) / len(sampled),
         "all_wrong": outcomes.count({0}) / len(sampled), **update,

@@ -97,8 +97,9 @@ def retries(text):
 
 def form_of(node):
     """The canonical text of an expression: neither the order of terms and factors nor needless
-    brackets change it. A node is (value, ops, terms, less): ops is "+-" or "*/", or "" for a number
-    or x; `less` are the terms that are subtracted, or the factors that are divided by."""
+    brackets change it, so that (7+3)*2 and 2*(3+7) vote for the same answer. A node is (value, ops,
+    terms, less): ops is "+-" or "*/", or "" for a number or x; `less` are the terms that are
+    subtracted, or the factors that are divided by."""
     _, ops, terms, less = node
     if not ops:
         return terms[0]

@@ -451,15 +451,16 @@ def read_results(folder):
 @dataclass
 class AskConfig:
     ckpt: str = opt("", "checkpoint, or a Hugging Face folder; none = out/zero/ckpt.pt")
-    init_from: str = opt("", "the same for a Hugging Face folder")
+    init_from: str = opt("", "a Hugging Face folder to ask in place of --ckpt")
     vs: str = opt("", "a second one, to show beside the first")
     question: str = opt("", "your own question, in words")
     numbers: str = opt("", "your own countdown problem: numbers, as 3,7,2")
-    target: int = opt(-1, "... and what to make of them")
-    n: int = opt(4, "problems, or tries at your own one; with --to tries at each", least=1)
+    target: int = opt(-1, "what to make of --numbers")
+    n: int = opt(4, "held-out problems to show; samples of your own one, and with --to of each",
+                 least=1)
     to: str = opt("", "JSONL file for prompts and whole completions, which `train.py sft` reads")
-    problems: int = opt(400, "... training problems to sample, at most", least=1)
-    only_right: bool = opt(False, "... that are right: rejection sampling")
+    problems: int = opt(400, "training problems to sample with --to, at most", least=1)
+    only_right: bool = opt(False, "with --to: keep right samples only (rejection sampling)")
     temperature: float = opt(1.0, "0 takes the likeliest token", least=0)
     max_new_tokens: int = opt(0, "longest completion, in tokens; 0 = as in training", least=0)
     seed: int = opt(1, "of the samples", least=0, most=2**63 - 1)

@@ -214,6 +214,8 @@ def names(cls, *left_out):
     return [f.name for f in fields(cls) if f.name not in left_out]
 
 
+# What a stage has learnt from. With another value of these it is not resumed, nor built upon: the
+# result would be a mixture of two runs.
 CORPUS = ["task", "n_numbers", "max_number", "ops"]
 READING = ["base_steps", "base_lr", "base_rows", "base_length"]
 BASE = ["init_from", "seed", *CORPUS, "base_optimizer", *READING, *names(GPTConfig)]
@@ -232,7 +234,7 @@ RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
 # ------------------------------------------------------------------------------------------------
 # A stage's folder
 
-HEADINGS = {  # of columns in tables, which are no wider than 110
+HEADINGS = {  # shorter ones, since a table fits 110 columns
     "pass@1_ci": "95% CI", "pass@1_T=0.6": "T=0.6", "pass@1_greedy": "greedy",
     "pass@1_untagged": "untagged", "one_language": "language", "truncated": "cut"}
 WIDTHS = {"cut": 4, "grad": 7, "loss": 7}  # least ones; else 5
@@ -262,7 +264,7 @@ class Run:
             if not asked and self.saved["step"] >= then.get(steps, math.inf):
                 # Finished, and needed only by others: --rl_lr, say, is meant for those.
                 self.steps, keys = self.saved["step"], [key for key in keys if key in INHERITED]
-            if cfg.train.base and "n_layer" not in self.stage.settings:  # it read the corpus
+            if cfg.train.base and "n_layer" not in self.stage.settings:  # of another run
                 keys = [key for key in keys if key not in READING]
             refuse_other_settings(cfg, self.saved, keys, self.dir,
                                   "delete it or choose another --out_dir")
@@ -509,7 +511,8 @@ def train_dev1(run):
 
 
 def train_dev3(run):
-    """Rejection sampling: the base, not dev2, learns from dev2's traces and scripted replies."""
+    """Rejection sampling: the base, not dev2, learns from dev2's traces and scripted replies. What
+    dev2 has learnt reaches it through the samples that pass the filters alone, as in the paper."""
     train_sft(run, list(FILTERS), replies=run.cfg.train.general_replies)
 
 
@@ -1014,11 +1017,16 @@ COMMANDS = {"eval": run_eval, "export": run_export, "table": run_table}
 
 def parse(argv):
     """Command line -> (stages or a command, {setting: value} as given)."""
-    own = [f"  {name}: " + ", ".join(f"{key}={value}" for key, value in stage.settings.items())
-           for name, stage in STAGES.items() if stage.settings]
+    own = {**{name: stage.settings for name, stage in STAGES.items()},
+           **{f"--task={task}": settings for task, settings in TASK_DEFAULTS.items()},
+           "--init_from": REAL_DEFAULTS, "--init_from with --lora_rank": LORA_DEFAULTS}
+    lines = [textwrap.fill(", ".join(f"{key}={value}" for key, value in settings.items()), 110,
+                           initial_indent=f"  {name}: ", subsequent_indent=6 * " ")
+             for name, settings in own.items() if settings]
     parser = sample.Parser("train.py", __doc__, {f.name: f.default_factory for f in fields(Config)},
                            usage="python train.py [STAGE ...] [--setting=value ...]",
-                           epilog="What stages set for themselves:\n" + "\n".join(own))
+                           epilog="Stages, tasks and real models have defaults of their own:\n"
+                           + "\n".join(lines))
     choices = f"{', '.join(STAGES)} (default zero), or a command: {', '.join(COMMANDS)}"
     parser.add_argument("words", nargs="*", metavar="STAGE", help=choices)
     given = vars(parser.parse_args(argv))
