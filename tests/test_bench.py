@@ -98,13 +98,14 @@ def test_pass_at_k_rises_with_k_and_begins_with_the_mean(finished, monkeypatch):
         assert 0 < curve["1"] < 1 and curve["1"] == pytest.approx(sum(right) / 120)
     points = {"base, tags left aside": {"1": 0.3, "2": 0.5, "4": 0.8, "8": 0.99, "16": 1.0},
               "zero": {"1": 0.9, "2": 0.95, "4": 0.99, "8": 1.0, "16": 1.0}}
-    for base_at_4, k, verdict in ((0.8, "8", "yes"), (0.99, "4", "**no**: a (in 1 of 1)")):
+    for base_at_4, k, verdict in ((0.8, "8", "yes"), (0.99, "4", "**no**: a (fails in 1 of 1)")):
         points["base, tags left aside"]["4"] = base_at_4
         few, best = evidence_rows([{"passk": {"tasks": ["a"], "pass@k": {"a": points}}}])
         assert few[2:] == [
             f"pass@4 of base {100 * base_at_4:.1f}, of zero 99.0 %; the base is within a point of "
             f"zero from k = {k} on, and ends at 100.0 % (k = 16)", verdict]
-        assert best[2:] == ["pass@16 of base 100.0, pass@1 of zero 90.0 %", "**no**: a (in 1 of 1)"]
+        assert best[2:] == ["pass@16 of base 100.0, pass@1 of zero 90.0 %",
+                            "**no**: a (fails in 1 of 1)"]
 
 
 def answered(text, truncated=False):
@@ -186,7 +187,7 @@ def test_a_row_says_no_where_one_seed_or_task_fails():
                         "budget": {"countdown": {"zero": {"8": low, "16": high}}}}}
             for low, high in ((0.1, 0.9), (0.5, 0.45))]
     (shown,) = evidence_rows(runs)
-    assert shown[2:] == ["8: 30.0, 16: 67.5 %", "**no**: countdown (in 1 of 2)"]
+    assert shown[2:] == ["8: 30.0, 16: 67.5 %", "**no**: countdown (fails in 1 of 2)"]
     assert evidence_rows(runs[:1])[0][3] == "yes"
 
 
@@ -250,6 +251,6 @@ def test_unread_holds_only_where_the_intervals_are_apart():
                 "small_zero": {"code": {"pass@1": sum(small_zero) / 2, "pass@1_ci": small_zero}}}
 
     for of, holds in ((report((0.5, 0.6), (0.3, 0.4)), "yes"),
-                      (report((0.5, 0.6), (0.3, 0.5)), "**no**: code (in 1 of 1)")):
+                      (report((0.5, 0.6), (0.3, 0.5)), "**no**: code (fails in 1 of 1)")):
         [(_, _, figures, held)] = evidence_rows([{"unread": of}])
         assert held == holds and figures.startswith("distill 55.0 (50.0–60.0), small_zero")

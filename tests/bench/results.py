@@ -330,7 +330,8 @@ def verdict(holds):
     missed = dict.fromkeys(task for of in runs for task, is_so in of.items() if not is_so)
     failed = sum(not all(of.values()) for of in runs)
     where = ", ".join(filter(None, missed))
-    return f"**no**{': ' * bool(where)}{where} (in {failed} of {len(runs)})" if missed else "yes"
+    fails = f"**no**{': ' * bool(where)}{where} (fails in {failed} of {len(runs)})"
+    return fails if missed else "yes"
 
 
 def claims(results):
@@ -378,7 +379,8 @@ def claims(results):
          "misses or more, which no author of the corpus combines", toy,
          lambda of: f"{get(of, 'base', 'all_habits')} → {get(of, 'zero', 'all_habits')} %",
          lambda s: main(s, "base", "all_habits") <= 0.01 and main(s, "zero", "all_habits") >= 0.3],
-        ["RL alone lifts pass@1 above the pass@16 of the base, tags demanded of both", toy,
+        ["RL alone lifts pass@1 above the pass@16 of the base, tags demanded of both (without: see "
+         "`passk`)", toy,
          lambda of: f"pass@16 of `base` {get(of, 'base', 'pass@16')}; pass@1 of `zero` "
          f"{get(of, 'zero')} %",
          lambda s: main(s, "zero") > main(s, "base", "pass@16")],
@@ -425,14 +427,15 @@ def claims(results):
          f"{four(of, 'dev1', 'one_language')} %",
          lambda s: all(s["dev1"][task]["one_language"] >= s["zero"][task]["one_language"] + 0.2
                        for task in ("countdown", "code"))],
-        ["the language reward: of completions in countdown at least 10 points fewer mix languages "
-         "than after the same RL without it", recipe,
+        ["the language reward: after dev2 at least 10 points fewer completions in countdown mix "
+         "languages than after dev2_free, the same RL without that reward", recipe,
          lambda of: f"dev1 {get(of, 'dev1', 'mixes')}, dev2_free {get(of, 'dev2_free', 'mixes')}, "
          f"dev2 {get(of, 'dev2', 'mixes')} % mix",
          lambda s: main(s, "dev2", "mixes") <= main(s, "dev2_free", "mixes") - 0.1],
-        ["RL for all scenarios, in few and small steps: of r1's answers in chat that differ from "
-         "dev3's 60 % or more win by gold reward (ties count half), and the reward model's rate is "
-         "within 5 points of that; more unsafe requests are declined, the intervals apart", recipe,
+        ["RL for all scenarios, in few and small steps: where r1 and dev3 answer a request in chat "
+         "differently, r1's answer has the higher gold reward in 60 % of cases or more (ties count "
+         "half), and the reward model's rate is within 5 points of that; r1 declines more unsafe "
+         "requests, the intervals apart", recipe,
          lambda of: after_dev3(of, "r1"),
          lambda s: s["r1"]["win_rate"]["gold"] >= 0.6 and abs(happier(s, "r1")) < 0.05
          and s["r1"]["unsafe"]["pass@1_ci"][0] > s["dev3"]["unsafe"]["pass@1_ci"][1]],
