@@ -444,8 +444,8 @@ def decimal(text):
 
 @cache
 def file_problems(path, question_key="question", answer_key="answer"):
-    """Reads a JSONL file. As in GSM8K, an answer may be a solution that ends in `#### 72`. The list
-    is kept, and `leave_out_long` shortens it for all."""
+    """Reads a JSONL file. An answer may be a solution, which ends in `#### 72` (as in GSM8K) or
+    has a \\boxed{72} (MATH). The list is kept, and `leave_out_long` shortens it for all."""
     def problem(line):
         entry = json.loads(line, parse_float=decimal)  # 0.50 stays as written, NaN a float
         question, answer = entry.get(question_key), entry.get(answer_key)
@@ -453,6 +453,8 @@ def file_problems(path, question_key="question", answer_key="answer"):
             shown = [f"{key}: {repr(value)[:20]}" for key, value in entry.items()]
             raise ValueError(f"it has {', '.join(shown)}")
         answer = str(answer).split("####")[-1].strip()
+        if "\\boxed" in answer:
+            answer = "\\boxed" + answer.rsplit("\\boxed", 1)[1]
         (question + answer).encode()  # fails on half an emoji
         if not question.strip() or not answer:
             raise ValueError("empty")

@@ -223,10 +223,11 @@ MEANS = ("ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy")  # over to
 def update_policy(policy, ref, optimizers, groups, cfg, generator):
     """Learns from a rollout: cfg.inner_epochs times cfg.minibatches optimiser steps -> metrics,
     averaged over these steps; those in MEANS only over steps that had a completion to learn from,
-    nan if none had."""
+    nan if none had; "skipped" over those that were to change the weights."""
     samples = [sample for group in groups for sample in group]
     device = next(policy.parameters()).device
-    n_steps, n_learnt = cfg.inner_epochs * cfg.minibatches, 0  # all, and those with a completion
+    n_steps = cfg.inner_epochs * cfg.minibatches
+    n_learnt = n_taken = 0  # with a completion to learn from; with an advantage
     total = Counter(dict.fromkeys(("loss", *MEANS), 0.0))  # unlike a dict's, its update() adds
     for _ in range(cfg.inner_epochs):
         order = torch.randperm(len(samples), generator=generator)
@@ -263,10 +264,11 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
             # or Muon would still move the weights, so no step is taken (published GRPO takes it).
             teaches = any(sample.adv for sample in batch)
             taken = optimizers if teaches else []
+            n_taken += teaches
             grad_norm, skipped = apply_gradients(policy, taken, cfg.max_grad_norm)
-            total.update(grad_norm=grad_norm, skipped=skipped)
-    return {name: value / ((n_learnt or math.nan) if name in MEANS else n_steps)
-            for name, value in total.items()}
+            total.update(grad_norm=grad_norm, skipped=skipped * teaches)
+    n = {**dict.fromkeys(MEANS, n_learnt or math.nan), "skipped": n_taken or 1}
+    return {name: value / n.get(name, n_steps) for name, value in total.items()}
 
 
 def collate(samples, device):

@@ -33,8 +33,9 @@ class UserError(ValueError):
 
 
 @contextmanager
-def any_terminal():
-    """For scripts: replaces what stdout cannot show (cp1252, ASCII), ends `... | head` quietly."""
+def any_terminal(code=0):
+    """For scripts: replaces what stdout cannot show (cp1252, ASCII), ends `... | head` quietly,
+    with exit code `code`."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -43,7 +44,7 @@ def any_terminal():
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush when Python exits
-        sys.exit(0)
+        sys.exit(code)
 
 
 def opt(default, help, least=None, most=None, above=None, choices=None):
@@ -923,7 +924,7 @@ def save_pretrained(model, folder, source="", dtype=None):
     hf.pop("dtype", None)  # transformers 5's word for it
     os.makedirs(folder, exist_ok=True)
     for file in os.listdir(folder):  # an earlier export's, which readers would prefer
-        if file.endswith((".index.json", ".jinja")):
+        if file in ("model.safetensors.index.json", "chat_template.jinja"):
             os.remove(os.path.join(folder, file))
     for file in os.listdir(source) if source else []:
         if file.endswith((".json", ".txt", ".jinja")) and not file.endswith(".index.json"):

@@ -11,6 +11,7 @@ import operator
 import re
 import unicodedata
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 import torch
@@ -233,6 +234,8 @@ SIGNS = [  # pairs of what is written and what it means, in the order in which t
     (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![a-z]))|°", " degrees"),
     (r" *(?:\\cdot(?![a-z])|\\times|[×*]) *", "*"),
     (r"\\in(?![a-z])", "="), (r"\\(?:left|right)(?![a-z])|\\[!{}]", ""), (r"\{,\}", ","),
+    (r"(?:\\\$|^[ *]*(-?)\$(?=[^$]*$)) ?([0-9](?:[0-9.,]*[0-9])?"
+     r"(?: (?:hundred|thousand|[mbtr]+illion)s?)?)", r"\1\2 dollars"),
     (r"\\%", "%"), (r"\\([gln]e)q", r"\\\1"),
     (r"\\[()\[\],;: ]|\\?[$€£¥]", " "), (r" *\{", "{")]
 BRACES = [  # the same from the inside out, for which they are replaced several times
@@ -243,7 +246,7 @@ BRACES = [  # the same from the inside out, for which they are replaced several 
     (r"\\[dtc]?frac ?(\{[^{}]*\}|\w) ?(\{[^{}]*\}|\w)"
      r"(?=([a-z^!]|(?<=\})[0-9]| *\\(?!pm|mp|[gln]e|c[au]p)| +[a-z](?<![mglsh])(?![a-z]))?)",
      fraction)]
-NAME = re.compile(r"(^|, ?)(?:\\?[^\W\d]+|\w\(\w\)|\(\w(?:, ?\w)*\)) ?= ?")  # x =, f(x) =
+NAME = re.compile(r"(^|, ?)(?:\\?[^\W\d]\w*|\w\(\w\)|\(\w(?:, ?\w)*\)) ?= ?")  # x =, f(x) =
 MATHS = ("(?:arc)?(?:sin|cos|tan)[xyz]?|log|exp|sqrt|plus|minus|over|divided|squared|cubed|"
          "factorial|infinity|not|and|mod|choose|point|negative|half|halves|thirds?|lakhs?|crores?|"
          "root|radical|tens|quadrillions?|csc|cot|(?:sin|cos|tan)h|epsilon|rho|tau|"
@@ -252,10 +255,13 @@ MATHS = ("(?:arc)?(?:sin|cos|tan)[xyz]?|log|exp|sqrt|plus|minus|over|divided|squ
          "alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi|psi|two|three|four|five|six|seven|"
          "eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
          "(?:twen|thir|for|fif|six|seven|eigh|nine)ty|"
-         "(?:hundred|thousand|[mb]illion|trillion|[mb]illionth)s?")  # words, but no units
+         "(?:hundred|thousand|[mb]illion|trillion)s?|[a-z]+illi(?:on|ard)(?:th)?s?|mil|mille|twice|"
+         "(?:twen|thir|for|fif|six|seven|eigh|nine)tieths?|double|percent|below|"
+         "(?:less|fewer|more) than|times (?!(?:per|an?|each|every) )\\w+")  # words, but no units
 UNIT = (r"_[1-9][0-9]?|"  # base 9; or km/h, apples, ...
         r"(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|oz|lb|sq|"
-        r"(?![分成])(?:(?![一二三四五六七八九十百千万亿又点半或])[㐀-鿿])+)|"
+        r"(?![分成折割])"
+        r"(?:(?![一二三四五六七八九十百千万亿萬億兆又点點半或])[㐀-鿿])+)|"
         r" (?-i:[mgLlsh])|"
         rf"(?: |(?=[^\W\d_]{{4}}))(?!(?:{MATHS})\b)[^\W\d_㐀-鿿]{{3,}})"
         rf"(?: (?!(?:{MATHS})\b)[^\W\d_]+){{0,3}}"
@@ -263,9 +269,10 @@ UNIT = (r"_[1-9][0-9]?|"  # base 9; or km/h, apples, ...
 SHORT = dict(pair.split(":") for pair in (  # units with two names
     "meter:m metre:m millimeter:mm millimetre:mm centimeter:cm centimetre:cm kilometer:km "
     "kilometre:km inch:in foot:ft feet:ft gram:g kilogram:kg pound:lb ounce:oz liter:l litre:l "
-    "second:s sec:s minute:min hour:h hr:h").split())
+    "second:s sec:s minute:min hour:h hr:h usd:dollar").split())
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
           "trillion": 10**12}
+SCIENTIFIC = re.compile(r"^([-+]?[0-9]{1,20}(?:\.[0-9]{1,20})?)\*10\^\(?([-+]?[0-9]{1,2})\)?(?!\S)")
 WRITTEN = re.compile(
     r"([-+]?) ?((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
     r"(?: ?/ ?(0*[1-9][0-9]*)| ([0-9]{1,9})/(0*[1-9][0-9]*))? ?(%|percent\b)?"
@@ -282,13 +289,14 @@ def plain(text):
         boxed = re.match(r"\{((?:[^{}]|\{[^{}]*\})*)\}| ([^ {}]+)", text)
         text = boxed[1] or boxed[2] or "" if boxed else ""
     text = re.sub(r",? (?:and|or) ", ", ", " ".join(text.split()))
-    text = text.lstrip(" *=").rstrip(" *.。")
+    text = re.sub(r"^([\"'`])(.*)\1$", r"\2", text.lstrip(" *=").rstrip(" *.。:"))
     return re.sub(r"^\(([^(),]*)\)$|^\{([^{}]*)\}$", r"\1\2", text)  # (B) is B
 
 
 def parse_number(text):
     """A number as people write it, 1,234.50, -3/4, 1 1/2, 50%, 5 million or 72 km/h -> (exact
     value, whether it is a percentage, its unit or ""), or None; also for 2k and 3x."""
+    text = SCIENTIFIC.sub(lambda m: f"{Decimal(f'{m[1]}e{m[2]}'):f}", text)
     found = WRITTEN.fullmatch(text)
     if not found:
         return None
@@ -307,8 +315,10 @@ def canonical(text):
     if ", " in text:
         text = re.sub(r"(?<![\w.,])[1-9][0-9]{0,2}(,[0-9]{3})+(?=, |$)",
                       lambda m: m[0].replace(",", ""), text)
+    is_words = re.fullmatch(r"(?:[\w.'!?]+[ ,]+)*(?:[^\W\d_]{3,}|no)[.!?]?|\w", text, re.I)
     text = re.sub(r"(?<![0-9]) | (?![0-9])|(?<=[0-9A-Za-z)])(?<!\\pm)\*(?! ?[0-9*])", "", text)
-    text = re.sub(r"(?<![\\A-Za-z])[^\W\d_]{2,}|^\w$", lambda m: m[0].lower(), text)
+    if is_words:
+        text = text.lower()
     text = re.sub(r"(?<![\w.^/])([0-9]+/0*[1-9][0-9]*|[0-9]*\.[0-9]+)(?![.0-9^!])",
                   lambda m: str(Fraction(m[0])), text)
     items, depth = [""], 0
@@ -323,7 +333,7 @@ def canonical(text):
 
 def verify_written(problem, answer):
     """Right if answer and target are one number, or the same list or text, however written. Units
-    count if both have one; currency signs are none. Percentages: 50% is 1/2, and also 50 where the
+    count if both have one; of currency signs, $ is one. Percentages: 50% is 1/2, also 50 where the
     question asked for a percentage, which shows in a target above 1."""
     if max(len(answer), len(problem.target)) > MAX_ANSWER:  # the same words
         words, wanted = (" ".join(text.lower().split()) for text in (answer, problem.target))

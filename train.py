@@ -186,11 +186,25 @@ def refuse_shape(given, model, path):
 
 
 def refuse_other_settings(cfg, state, keys, path, advice):
-    """Raises UserError naming those of `keys` that have another value in a checkpoint's `state`."""
+    """Raises UserError naming those of `keys` that have another value in a checkpoint's `state`;
+    one path may be written in two ways."""
     now, then = cfg.settings(), {**Config().settings(), **state.get("settings", {})}
-    other = [f"{key}={then[key]}, not {now[key]}" for key in keys if now[key] != then[key]]
+    other = [f"{key}={then[key]}, not {now[key]}" for key in keys if now[key] != then[key]
+             and not (key in FILES and now[key] and then[key]
+                      and os.path.realpath(now[key]) == os.path.realpath(then[key]))]
     if other:
         raise UserError(f"{path} was trained with {'; '.join(other)}: {advice}")
+
+
+def contents(cfg):
+    """{setting: checksum} of the files with problems and traces: a run does not go on with others
+    under an old name."""
+    found = {}
+    for key in ("data", "eval_data", "traces"):
+        if os.path.isfile(path := cfg.settings()[key]):
+            with open(path, "rb") as f:
+                found[key] = zlib.crc32(f.read())
+    return found
 
 
 def longest_prompt(cfg, tok):
@@ -226,10 +240,11 @@ SFT = [*INHERITED, "mix", "source_problems", "source_samples", "max_new_tokens",
 RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
     "base": BASE,
     "rl": [*INHERITED, "mix", *names(RewardConfig),
-           *names(GRPOConfig, "rl_steps", "eval_every", "micro_tokens")],
+           *names(GRPOConfig, "rl_steps", "eval_every", "micro_tokens"), "autocast", "ref_dtype"],
     "sft": [*SFT, "general_replies"],
     "pairs": [*SFT, "label_noise"],
 }
+FILES = ("init_from", "base", "data", "eval_data", "traces")
 
 # ------------------------------------------------------------------------------------------------
 # A stage's folder
@@ -253,6 +268,7 @@ class Run:
         steps = {"base": "base_steps", "rl": "rl_steps"}.get(self.stage.kind, "sft_steps")
         self.steps = cfg.settings()[steps]
         self.seconds, self.skipped, self.rows, self.stopping = 0.0, 0, 0, False
+        self.files = contents(cfg)
         self.began, self.ended = time.time(), 0.0  # when it was trained at first, and at last
         self.dir, self.saved = os.path.join(cfg.sample.out_dir, name), {"step": 0}
         os.makedirs(self.dir, exist_ok=True)
@@ -268,6 +284,10 @@ class Run:
                 keys = [key for key in keys if key not in READING]
             refuse_other_settings(cfg, self.saved, keys, self.dir,
                                   "delete it or choose another --out_dir")
+            then_read, step = self.saved.get("files", self.files), self.saved["step"]
+            if step < self.steps and then_read != self.files:
+                raise UserError(f"{self.dir} has learnt from other contents of "
+                                f"{cfg.data.data or cfg.train.traces}: choose another --out_dir")
             self.began = self.saved.get("began", self.began)
             self.ended = self.saved.get("ended", self.ended)
         elif name == "base" and cfg.train.base:
@@ -281,6 +301,9 @@ class Run:
             cfg.sample.sample_dtype = "float32"  # that of the frozen weights, see `load`
         self.sample_dtype = sample.sampling_dtype(cfg.sample)
         cfg.sample.sample_dtype = str(self.sample_dtype).removeprefix("torch.")
+        if self.saved["step"] and then["sample_dtype"] != cfg.sample.sample_dtype:
+            print(f"{name}: has sampled in {then['sample_dtype']}, and now does in "
+                  f"{cfg.sample.sample_dtype}")
         sample.set_up_cpu(cfg.sample, then.get("matmul", "auto"))
 
     def path(self, file):
@@ -378,7 +401,7 @@ class Run:
             self.ended = time.time()
             save_checkpoint(self.path("ckpt.pt"), {
                 "stage": self.name, "step": step, "seconds": self.seconds,
-                "began": self.began, "ended": self.ended,
+                "began": self.began, "ended": self.ended, "files": self.files,
                 "settings": self.cfg.settings(), "model_config": asdict(model.cfg),
                 "model": merged_state(model), "optimizers": [o.state_dict() for o in optimizers],
                 "trained": self.cfg.train.lora_rank and {
@@ -468,6 +491,11 @@ def train_base(run):
     supervise(run, model, batch, cfg.train.base_lr)
 
 
+def judged(cfg):
+    """Whether a reward model scores answers: those to general requests."""
+    return bool(cfg.rewards.w_preference and set(cfg.data.shares()) & set(data.GENERAL))
+
+
 def train_rl(run):
     """GRPO on the parent's model. R1-Zero is that on the base, with rules alone as rewards."""
     cfg, ref, judge = run.cfg, None, None
@@ -482,7 +510,7 @@ def train_rl(run):
         # Before the policy: a copy of a compiled model would still run the original's weights.
         run.set_up(ref.requires_grad_(False), adapters=False)
     run.set_up(policy)
-    if cfg.rewards.w_preference and set(cfg.data.shares()) & set(data.GENERAL):
+    if judged(cfg):
         judge = run.load("reward_model", RewardModel)
     env = Environment(run.tok, cfg.data, cfg.rewards, cfg.grpo.max_new_tokens, judge)
     train_grpo(policy, ref, env, run, cfg.grpo)
@@ -749,6 +777,13 @@ def check_stages(stages, given):
             raise UserError("sft needs --traces=FILE.jsonl")
         tok = data.load_tokenizer(folder)
         data.read_traces(traces, tok, stage_config(STAGES["sft"], given, tok).data)
+    judge = os.path.join(given.get("out_dir", SampleConfig.out_dir), "reward_model", "ckpt.pt")
+    for name in stages:
+        if STAGES[name].kind == "rl":
+            cfg = stage_config(stage_of(name, given), given, data.load_tokenizer(folder))
+            if judged(cfg) and not ("reward_model" in stages or os.path.exists(judge)):
+                raise UserError(f"{name}: w_preference needs a reward model, and {judge} is not "
+                                f"there: train.py reward_model makes it")
 
 
 def run_stage(name, given, asked=True, earlier=None):
@@ -1054,7 +1089,9 @@ def print_next(run, results, given):
 
 def main(argv):
     with any_terminal():
-        run_command_line(*parse(argv))
+        words, given = parse(argv)
+    with any_terminal(0 if words[0] in COMMANDS else 141):  # 128 + SIGPIPE: cut short
+        run_command_line(words, given)
 
 
 def run_command_line(words, given):

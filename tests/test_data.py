@@ -23,7 +23,7 @@ from data import (
     load_tokenizer,
 )
 from model import UserError, validate
-from rewards import has_format, is_right, parse_expression
+from rewards import has_format, is_right, parse_expression, verify_written
 
 TOK, CFG = load_tokenizer(), DataConfig()
 HITS = (" yes", " 对了")
@@ -106,6 +106,15 @@ def test_a_file_of_problems_is_the_task_by_itself(tmp_path):
     assert {p.task for p in drawn} == {"file", "chat"}
     assert all(int(p.target) == 2 * numbers_in(p.question)[0] for p in drawn if p.task == "file")
     assert not set(data.eval_problems(cfg, 40)) & set(drawn)
+
+
+def test_a_solution_is_read_for_its_last_box(tmp_path):
+    path = tmp_path / "math.jsonl"
+    text = "We know that the sum of the first ten is 55. " * 3
+    answers = [rf"\boxed{{1}} is wrong. {text}So \boxed{{\frac{{{n}}}{{7}}}}." for n in range(40)]
+    write_rows(path, [{**row, "answer": answer} for row, answer in zip(ROWS, answers, strict=True)])
+    problem = data.file_problems(str(path))[9]
+    assert verify_written(problem, "9/7")[1] and not verify_written(problem, "1")[1]
 
 
 def write_rows(path, rows, encoding="utf-8"):

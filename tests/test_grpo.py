@@ -612,7 +612,28 @@ def test_good_completions_become_more_likely_and_bad_ones_less_likely(tiny):
     update_policy(model, None, sgd(model, 1e-3), groups, NO_KL, seeded())
     tokens, mask, _, adv = collate(flat(groups), "cpu")
     gain = token_logps(model, tokens, 0.8, mask) - token_logps(tiny, tokens, 0.8, mask)
-    assert (gain.sum(dim=1) / mask.sum(dim=1) * adv).sum() > 0
+    gain = gain.sum(dim=1) / mask.sum(dim=1) * adv.abs()
+    assert gain[adv > 0].sum() > 0 > gain[adv < 0].sum()
+
+
+def test_a_step_is_no_longer_than_the_largest_gradient(tiny):
+    groups = rollout(tiny)
+    whole, metrics = change(tiny, None, groups, NO_KL)
+    clipped, same = change(tiny, None, groups, replace(NO_KL, max_grad_norm=0.01))
+    assert metrics["grad_norm"] == pytest.approx(same["grad_norm"]) and same["grad_norm"] > 0.1
+    assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert torch.allclose(clipped / clipped.norm(), whole / whole.norm(), atol=1e-4)
+
+
+def test_a_minibatch_without_a_step_does_not_hide_that_all_steps_are_skipped(tiny, monkeypatch):
+    groups = rollout(tiny, prompts=PROMPTS[:2])
+    for sample in groups[0]:
+        sample.adv = 0.0
+    for sample in groups[1]:
+        sample.logps = torch.full_like(sample.logps, float("nan"))
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
+    step, metrics = change(tiny, shifted(tiny), groups, replace(SMALL, minibatches=2))
+    assert metrics["skipped"] == 1 and not step.any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -859,6 +880,20 @@ def test_a_reward_with_nothing_to_say_of_a_problem_is_left_out_of_its_mean(tiny)
     run = Run()
     train_grpo(tiny, None, Partial(), run, LOOP)
     assert run.metrics[0]["reward/a"] == 1 and math.isnan(run.metrics[0]["reward/b"])
+
+
+def test_a_completion_ends_where_the_environment_says(tiny):
+    class Ends(Env):
+        stop_ids = ()
+
+        @staticmethod
+        def find_end(ids):
+            return 3 if len(ids) >= 3 else 0
+
+    run, env = Run(), Ends()
+    train_grpo(tiny, None, env, run, LOOP)
+    texts = [text for _, text in env.texts[0]]
+    assert {len(text.split()) for text in texts} == {3} and run.metrics[0]["truncated"] == 0
 
 
 def test_a_step_that_is_skipped_says_so_in_the_table(tiny):

@@ -306,7 +306,13 @@ def test_written_answers_are_compared_exactly(target, text, right):
     ("3 cm^2", "3 cm²", 1), ("200", "2 hundred fifty", 0), ("5", "5 feet six inches", 0),
     ("12", "12 apples minus three apples", 0), ("12", "12 eggs times two", 0), ("12", "12 more", 1),
     ("5000", "5 thousand three hundred", 0), ("8", "8十", 0), ("8", "8又二分之一", 0),
-    ("8", "8元五角", 0), ("8", "8个苹果", 1), ("8", "8 quarters", 1)])
+    ("8", "8元五角", 0), ("8", "8个苹果", 1), ("8", "8 quarters", 1),
+    ("10", "10 less than Bob", 0), ("10", "10 less", 1), ("10", "10 times x", 0),
+    ("10", "10 times per day", 1), ("10", "10 below zero", 0), ("10", "10 percent of x", 0),
+    ("5", "5 twentieths", 0), ("5", "5 trillionths", 0), ("5", "5 quintillion", 0),
+    ("5", "5 mil", 0), ("3", "3萬", 0), ("3", "3億", 0), ("5", "5折", 0), ("$5", "5 cents", 0),
+    ("$5", "5 dollars", 1), (r"\$5", "5 USD", 1), ("$5$", "5 cents", 1), ("5 cents", "$5", 0),
+    ("$5 million", "5,000,000 dollars", 1), ("$5", "£5", 1), ("-$5", "-5", 1)])
 def test_units_are_compared_if_both_have_one_and_letters_are_none(target, text, right):
     assert answer(text, Problem("file", "q", (), target)) == right
 
@@ -351,6 +357,11 @@ def test_units_are_compared_if_both_have_one_and_letters_are_none(target, text, 
     ("3^{45}", ["3^45"], ["3^{4}5"]), (r"\log_{2}3", [r"\log_2 3"], [r"\log_{23}"]),
     ("1 or 2", ["x=1,x=2", r"\boxed{x=2, x=1}"], ["x=1"]),
     ("7", [r"\boxed{{7}}"], []),
+    ("mg/2", ["m g/2"], ["Mg/2"]), ("GMm/r^2", [], ["GMM/r^2"]), ("2Rh", [], ["2rh"]),
+    ("CO", [], ["Co"]), ("No", ["no", "NO."], ["yes"]), ("New York", ["new york"], ["York"]),
+    ("5", ["x_1 = 5", "`5`", '"5"', "5:"], ["'6'"]), ("f'", [], ["f"]),
+    ("1500", [r"1.5 \times 10^3", "1.5×10^{3}"], ["1.5×10^{2}"]),
+    ("0.0015", [r"1.5 \times 10^{-3}"], [r"1.5 \times 10^{-4}"]),
     ("18", ["18€", "€18", r"\boxed{7}\boxed{18}"],
      [r"\boxed{18} \boxed{", r"\boxed{18}\boxed{7}", r"\boxed{1", r"\boxed"])])
 def test_answers_are_compared_without_what_only_changes_their_looks(target, same, others):

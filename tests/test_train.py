@@ -614,8 +614,12 @@ def test_zero_is_grpo_as_published_unless_flags_say_otherwise(tmp_path):
     ["--w_language=1", "--w_length=1", "--w_emoji=1"],
     ["--n_numbers=4", "--max_number=12", "--ops=+-*/"], ["--n_numbers=2"]])
 def test_every_variant_runs(tmp_path, flags):
-    run(tmp_path, "zero", tiny=[*TINY, "--eval_every=1", "--rl_steps=2", *flags])
+    earns = [flag for flag in ZERO if flag not in TINY] * (not any("--w_" in f for f in flags))
+    harmless = "--w_harmless=1" in flags  # which the tiny model never earns
+    run(tmp_path, "zero", tiny=[*TINY, "--eval_every=1", "--rl_steps=2", *earns, *flags])
     assert len(lines(tmp_path / "zero")) == 2
+    moved = not torch.equal(weights(tmp_path / "zero"), weights(tmp_path / "base"))
+    assert moved == (not harmless)
 
 
 def test_a_foreign_checkpoint_is_not_trained_on(finished, tmp_path, capsys):
@@ -689,7 +693,8 @@ def test_stages_without_rewards_do_not_ask_for_any(finished, tmp_path):
     (["--context=64", "--base_length=60", "--max_new_tokens=44"], "do not fit context=64"),
     (["--max_number=2"], "leave no"), (["--clip_high=1e39"], "out of bounds"),
     (["--lora_rank=2", "--lora_alpha=1e300"], "out of bounds"),
-    ([f"--base_steps={'9' * 401}"], "out of bounds")])
+    ([f"--base_steps={'9' * 401}"], "out of bounds"), (["--w_accuracy=nan"], "w_accuracy"),
+    (["--w_preference=0.5", "--mix=task:1,chat:1"], "train.py reward_model makes it")])
 def test_what_could_not_be_finished_is_not_begun(flags, said, tmp_path, capsys):
     assert said in refusal(train.main, [*ZERO, *flags, f"--out_dir={tmp_path}"], capsys)
     assert not (tmp_path / "base" / "ckpt.pt").exists()
@@ -1127,11 +1132,12 @@ def folder(tmp_path_factory):
     ["--kl_coef=0"]])
 def test_a_real_model_is_trained_in_place_of_the_toy_base_and_exported_again(
         folder, tmp_path, flags, capsys):
-    run(tmp_path, "zero", tiny=[*REAL, f"--init_from={folder}", *flags])
+    earns = ["--w_length=1", "--rl_lr=0.03"] * ("--kl_coef=0" not in flags)
+    run(tmp_path, "zero", tiny=[*REAL, f"--init_from={folder}", *earns, *flags])
     assert "memory, GiB: torch 0.50 + weights" in capsys.readouterr().out
     first, _ = lines(tmp_path / "zero")
     rounds = "--sample_dtype=bfloat16" in flags
-    if "--kl_coef=0" in flags:  # no reward is earned: there is nothing to learn
+    if not earns:  # no reward: there is nothing to learn
         assert first["ratio"] is None and first["zero_variance"] == 1
     else:
         assert first["ratio"] == pytest.approx(1, abs=0.05 if rounds else 1e-4)
@@ -1143,6 +1149,9 @@ def test_a_real_model_is_trained_in_place_of_the_toy_base_and_exported_again(
     train.main(["export", f"--ckpt={ckpt}", f"--export_dir={tmp_path / 'out'}"])
     again, trained = from_pretrained(str(tmp_path / "out")), load_model(str(ckpt))
     assert again.cfg.context == 1000
+    before = from_pretrained(str(folder)).parameters()
+    assert bool(earns) == any(not torch.equal(p, q) for p, q
+                              in zip(trained.parameters(), before, strict=True))
     for p, q in zip(again.parameters(), trained.parameters(), strict=True):
         assert torch.equal(p, q.bfloat16().float() if rounds else q)
     stop_ids = data.load_tokenizer().stop_ids
@@ -1192,6 +1201,33 @@ def test_problems_can_come_from_a_file(folder, tmp_path):
     ckpt = tmp_path / "sums" / "zero" / "ckpt.pt"
     train.main(["eval", f"--ckpt={ckpt}", f"--data={path}"])
     assert set(results(ckpt.parent)) == {"arithmetic", "file"}
+
+
+def test_a_run_goes_on_with_the_same_files_however_their_paths_are_written(
+        folder, tmp_path, capsys, monkeypatch):
+    path, flags = tmp_path / "sums.jsonl", [*REAL, "--shots=2", "--context=900"]
+    rows = [{"question": f"What is {i} + {i}?", "answer": 2 * i} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(tmp_path, "zero", tiny=[*flags, f"--init_from={folder}", f"--data={path}"])
+    monkeypatch.chdir(tmp_path)
+    flags += [f"--init_from={folder}{os.sep}", "--data=sums.jsonl"]
+    run(tmp_path, "zero", tiny=[*flags, "--rl_steps=3"])
+    assert len(lines(tmp_path / "zero")) == 3
+    path.write_text("".join(json.dumps({**row, "answer": 777}) + "\n" for row in rows))
+    data.file_problems.cache_clear()
+    run(tmp_path, "zero", tiny=[*flags, "--rl_steps=3"])  # all done
+    err = refusal(train.main, ["zero", *flags, "--rl_steps=4", f"--out_dir={tmp_path}"], capsys)
+    assert "has learnt from other contents of sums.jsonl" in err
+
+
+def test_a_run_goes_on_with_the_same_arithmetic_or_says_so(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "out")
+    more = ["zero", *ZERO, "--rl_steps=4", f"--out_dir={tmp_path / 'out'}"]
+    assert "autocast=auto, not on" in refusal(train.main, [*more, "--autocast=on"], capsys)
+    assert "ref_dtype=auto, not bfloat16" in refusal(
+        train.main, [*more, "--ref_dtype=bfloat16"], capsys)
+    train.main([*more, "--sample_dtype=bfloat16"])
+    assert "zero: has sampled in float32, and now does in bfloat16" in capsys.readouterr().out
 
 
 def test_the_toy_base_is_not_trained_on_a_file(tmp_path, capsys):
@@ -1465,8 +1501,10 @@ def test_a_model_as_it_came_is_evaluated(folder, tmp_path):
 def test_an_export_leaves_nothing_of_an_earlier_one_and_not_the_source(folder, tmp_path, capsys):
     (tmp_path / "chat_template.jinja").write_text("another model's")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
+    (tmp_path / "page.jinja").write_text("no export wrote this")
     train.main(["export", f"--init_from={folder}", f"--export_dir={tmp_path}"])
-    assert not list(tmp_path.glob("*.index.json")) and not list(tmp_path.glob("*.jinja"))
+    assert not list(tmp_path.glob("*.index.json"))
+    assert [file.name for file in tmp_path.glob("*.jinja")] == ["page.jinja"]
     argv = ["export", f"--init_from={folder}", f"--export_dir={folder}/."]
     assert "choose another" in refusal(train.main, argv, capsys)
 
@@ -1578,6 +1616,7 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, words, tmp_path, capsys):
     flags = [a for a in argv if a.startswith("--")]
     err = refusal(train.main, [*given, *TINY, *out, *flags], capsys)
     assert err.startswith("train.py: ") and all(word in err for word in words), err
+    assert not (tmp_path / "base" / "ckpt.pt").exists()
 
 
 def test_the_script_ends_with_that_code_and_that_line():
@@ -1729,6 +1768,14 @@ def test_output_can_be_cut_off_and_need_not_be_unicode(script):
     done = subprocess.run(["bash", "-c", command], cwd=HERE, capture_output=True, timeout=120,
                           env=environment)
     assert done.stderr == b"" and done.stdout.splitlines()[-1] == b"0"
+
+
+@POSIX
+def test_training_whose_output_is_cut_off_does_not_end_as_if_it_were_done(tmp_path):
+    flags = shlex.join([*ZERO, "--base_steps=400", f"--out_dir={tmp_path}"])
+    command = f"{sys.executable} train.py {flags} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=HERE, capture_output=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == b"141" and b"Traceback" not in done.stderr
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
