@@ -214,7 +214,7 @@ def blocks(results):
            "distillation": distillation_table(named(runs, "all tasks").values()),
            "recipe": recipe_table(named(runs, "all tasks").values())}
     out |= {name: f"```\n{text}\n```" for name, text in results["seen"].items()}
-    for name in ("speed", "speed_now", "rates", "sums", "all_now"):
+    for name in ("speed", "speed_now", "rates", "sums"):
         head, *rows = results["earlier"][name]["rows"]
         out[name] = table(head, rows)
     out["smollm2"] = f"```\n{results['earlier']['smollm2']['text']}\n```"
