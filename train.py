@@ -284,10 +284,11 @@ class Run:
                 keys = [key for key in keys if key not in READING]
             refuse_other_settings(cfg, self.saved, keys, self.dir,
                                   "delete it or choose another --out_dir")
-            then_read, step = self.saved.get("files", self.files), self.saved["step"]
-            if step < self.steps and then_read != self.files:
+            then = self.saved.get("files", {})
+            other = [cfg.settings()[key] for key in then if then[key] != self.files.get(key)]
+            if other and self.saved["step"] < self.steps:
                 raise UserError(f"{self.dir} has learnt from other contents of "
-                                f"{cfg.data.data or cfg.train.traces}: choose another --out_dir")
+                                f"{' and '.join(other)}: choose another --out_dir")
             self.began = self.saved.get("began", self.began)
             self.ended = self.saved.get("ended", self.ended)
         elif name == "base" and cfg.train.base:
@@ -301,9 +302,9 @@ class Run:
             cfg.sample.sample_dtype = "float32"  # that of the frozen weights, see `load`
         self.sample_dtype = sample.sampling_dtype(cfg.sample)
         cfg.sample.sample_dtype = str(self.sample_dtype).removeprefix("torch.")
-        if self.saved["step"] and then["sample_dtype"] != cfg.sample.sample_dtype:
-            print(f"{name}: has sampled in {then['sample_dtype']}, and now does in "
-                  f"{cfg.sample.sample_dtype}")
+        before, now = then.get("sample_dtype"), cfg.sample.sample_dtype
+        if before and before != now:
+            print(f"{name}: has sampled in {before}, and now does in {now}")
         sample.set_up_cpu(cfg.sample, then.get("matmul", "auto"))
 
     def path(self, file):

@@ -312,7 +312,8 @@ def test_written_answers_are_compared_exactly(target, text, right):
     ("5", "5 twentieths", 0), ("5", "5 trillionths", 0), ("5", "5 quintillion", 0),
     ("5", "5 mil", 0), ("3", "3萬", 0), ("3", "3億", 0), ("5", "5折", 0), ("$5", "5 cents", 0),
     ("$5", "5 dollars", 1), (r"\$5", "5 USD", 1), ("$5$", "5 cents", 1), ("5 cents", "$5", 0),
-    ("$5 million", "5,000,000 dollars", 1), ("$5", "£5", 1), ("-$5", "-5", 1)])
+    ("$5 million", "5,000,000 dollars", 1), ("$5", "£5", 1), ("-$5", "-5", 1),
+    ("5", r"\boxed{\$5}", 1), ("5 cents", r"\boxed{\$5}", 0), (r"\$5, \$6", "5, 6", 1)])
 def test_units_are_compared_if_both_have_one_and_letters_are_none(target, text, right):
     assert answer(text, Problem("file", "q", (), target)) == right
 
