@@ -608,9 +608,9 @@ def in_words(problem, cfg):
     if cfg.template == "toy":
         return problem.question
     if problem.task == "countdown":
-        return (f"Use each of the numbers {listed(problem.numbers)} exactly once, with the "
-                f"operations {' '.join(cfg.ops)} and brackets, to make {problem.target}. The "
-                f"answer is one expression, such as (1 + 2) * 3.")
+        return (f"Use each of the numbers {listed(problem.numbers)} exactly once, with + - * / and "
+                f"brackets, to make {problem.target}. The answer is one expression, such as "
+                f"(1 + 2) * 3.")
     if problem.task == "arithmetic":
         return f"{problem.question.capitalize()}?"
     return problem.question

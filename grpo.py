@@ -222,13 +222,10 @@ MEANS = ("ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy")  # over to
 
 def update_policy(policy, ref, optimizers, groups, cfg, generator):
     """Learns from a rollout: cfg.inner_epochs times cfg.minibatches optimiser steps -> metrics,
-    averaged over these steps; those in MEANS only over steps that had a completion to learn from,
-    nan if none had; "skipped" over those that were to change the weights."""
+    each the mean over those of the steps that have it; nan if none has."""
     samples = [sample for group in groups for sample in group]
     device = next(policy.parameters()).device
-    n_steps = cfg.inner_epochs * cfg.minibatches
-    n_learnt = n_taken = 0  # with a completion to learn from; with an advantage
-    total = Counter(dict.fromkeys(("loss", *MEANS), 0.0))  # unlike a dict's, its update() adds
+    steps, skips = [], []  # of each optimiser step, and of each that was to change the weights
     for _ in range(cfg.inner_epochs):
         order = torch.randperm(len(samples), generator=generator)
         for rows in order.tensor_split(cfg.minibatches):
@@ -245,7 +242,9 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
                 batch = [batch[i] for i in kept]
                 n_tokens, weights = n_tokens[kept], weights[kept]
             share = n_tokens / n_tokens.sum()
-            n_learnt += bool(batch)
+            # With no completion to learn from there is nothing to average over. (Unlike a dict's, a
+            # Counter's update() adds.)
+            metrics = Counter(dict.fromkeys(MEANS, 0.0 if batch else math.nan), loss=0.0)
             i = 0
             while i < len(batch):
                 n = max(1, cfg.micro_tokens // len(batch[i]))  # the first is the longest
@@ -258,17 +257,23 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
                 loss, means = grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights[i:i + n])
                 loss.backward()
                 part = share[i:i + n].sum().item()  # of the batch's tokens
-                total.update({name: part * mean for name, mean in means.items()}, loss=loss.item())
+                metrics.update({name: part * value for name, value in means.items()})
+                metrics["loss"] += loss.item()
                 i += n
             # Without any advantage only the KL has a gradient. Momentum and normalisation of AdamW
             # or Muon would still move the weights, so no step is taken (published GRPO takes it).
             teaches = any(sample.adv for sample in batch)
             taken = optimizers if teaches else []
-            n_taken += teaches
-            grad_norm, skipped = apply_gradients(policy, taken, cfg.max_grad_norm)
-            total.update(grad_norm=grad_norm, skipped=skipped * teaches)
-    n = {**dict.fromkeys(MEANS, n_learnt or math.nan), "skipped": n_taken or 1}
-    return {name: value / n.get(name, n_steps) for name, value in total.items()}
+            metrics["grad_norm"], skipped = apply_gradients(policy, taken, cfg.max_grad_norm)
+            steps.append(metrics)
+            skips += [skipped] * teaches
+    means = {name: mean([metrics[name] for metrics in steps]) for name in steps[0]}
+    return {**means, "skipped": mean(skips or [0])}
+
+
+def mean(values):
+    """The mean of the values that are not nan; nan if all are."""
+    return torch.tensor(values, dtype=torch.float64).nanmean().item()
 
 
 def collate(samples, device):
@@ -356,10 +361,7 @@ def log_step(run, step, sampled, update, took, update_s, cfg):
     lengths = [len(sample.ids) for sample in samples]
     same = [group for group in sampled if not any(sample.adv for sample in group)]
     outcomes = [{sample.parts.get("accuracy") for sample in group} for group in sampled]
-
-    def mean(values):  # nan: this reward does not judge this problem
-        return torch.tensor(values, dtype=torch.float64).nanmean().item()
-
+    # A part is nan where that reward does not judge that problem.
     parts = {name: mean([sample.parts[name] for sample in samples]) for name in samples[0].parts}
     metrics = {
         "step": step, "reward": mean([sample.reward for sample in samples]),

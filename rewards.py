@@ -417,8 +417,10 @@ def one_language(problem, text):
     no words. A completion without thinking tags is read as a whole."""
     asked, thinking = count_words(problem.question), split_completion(text)[0]
     words = count_words(text if thinking is None else thinking)
-    total = sum(words.values())
-    return words[max(asked, key=asked.get)] / total if total else 1.0
+    total, script = sum(words.values()), max(asked, key=asked.get)
+    if asked["kana"] and script in ("han", "kana"):  # Japanese is written in both
+        return (words["han"] + words["kana"]) / total if total else 1.0
+    return words[script] / total if total else 1.0
 
 
 def language_consistency(problems, texts):

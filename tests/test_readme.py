@@ -142,6 +142,28 @@ def test_a_claim_that_fails_for_one_seed_says_no():
     assert "**no**" in verdict()
 
 
+def test_the_controls_that_the_readme_names_hold_in_every_run():
+    rows = results.claims(json.loads(source("assets/results.json")))
+    prose = " ".join(README[README.index("### Claims"):README.index("<!-- verdicts")].split())
+    for said, claim in (
+            ("rewards shuffled within each group", "rewards shuffled within each group"),
+            ("The format reward alone", "format reward alone: tags"),
+            ("within 3 points of zero", "accuracy reward alone: at most 3 points below zero"),
+            ("Without division by length and std", "without division by length and std"),
+            ("Thinking that is closed by force", "thinking is used"),
+            ("RL on arithmetic, logic and code helps", "RL on arithmetic, logic and code helps")):
+        assert said in prose and [row[3] for row in rows if row[0].startswith(claim)] == ["yes"]
+
+
+def test_the_readme_lists_every_claim_that_does_not_hold():
+    rows = [["a", "seed 1", "1 %", "yes"],
+            ["b", "seed 1 / 2", "2 %", "**no**: x (fails in 1 of 2)"],
+            ["c", "seed 1", "3 %", "**no** (fails in 1 of 1)"]]
+    text, _, *lines = results.missed(rows).split("\n")
+    assert text == "1 of the 3 claims hold in each of their runs. These do not:"
+    assert lines[2:] == ["| b | seed 1 / 2 | x (in 1 of 2) |", "| c | seed 1 | (in 1 of 1) |"]
+
+
 def test_what_the_readme_says_of_the_corpus_is_what_data_py_prints(capsys):
     data.main()
     habits, patience = capsys.readouterr().out.splitlines()[-2:]

@@ -450,6 +450,15 @@ def test_language_consistency_is_the_share_of_words_in_the_questions_script(thin
     assert one_language(PROBLEM, thinking) == pytest.approx(share)  # without tags: all of it
 
 
+def test_japanese_is_one_language_in_two_scripts():
+    question = data.Problem("file", "\u7b54\u3048\u306f\u4f55\u3067\u3059\u304b", (), "1")
+    japanese, chinese, english = "\u6700\u521d\u306f", "\u6700\u521d", "first"
+    assert [one_language(question, f"<think>{text}</think>{GOOD}")
+            for text in (japanese, chinese, f"{japanese} {english}", english)] == [1, 1, 2 / 3, 0]
+    asked = data.Problem("file", "\u7b54\u6848", (), "1")  # Chinese: kana is another language
+    assert one_language(asked, f"<think>{japanese}</think>{GOOD}") == 1 / 2
+
+
 def test_korean_is_the_language_of_a_korean_question():
     question = Problem("file", "세 아이가 사과를 네 개씩 가지고 있다", (), "12")
     said = ("셋 곱하기 넷", "三乘四", "three by four")
