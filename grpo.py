@@ -6,14 +6,12 @@ The words:
     completion   what it samples after a prompt, token by token, up to its end token
     rollout      sampling completions from the policy as it is now; also the completions it yields
     group        the G completions of one problem's prompt
-    reward       one number that says how good a completion is; rules compute it (in the stage r1
-                 a trained reward model as well)
+    reward       one number that says how good a completion is; rules compute it, or a trained model
     advantage    how much better a completion is than the average of its group
     reference    a frozen copy of the policy from before RL (`ref_every` renews it)
     KL           how far the policy has moved away from the reference (Kullback-Leibler divergence);
                  its weight in the loss is beta
-    ratio        a token's probability now, divided by that when it was sampled; the loss clips it
-                 to 1 - eps ... 1 + eps
+    ratio        a token's probability now, divided by that when it was sampled
 
 Why it works. RL wants a higher expected reward. The reward itself has no gradient: it is made of
 sampled text. But with pi(o) the policy's probability of a completion o, the product of those of
@@ -29,7 +27,7 @@ takes the mean of the group.
 
 For every problem q sample o_1 ... o_G from the policy, and reward them with r_1 ... r_G. pi_old is
 the policy that sampled, and stays as it was while pi is trained. All tokens o_t of a completion
-have its advantage A. Then
+have its advantage A (o_<t: the tokens before). Then
 
     A     = (r - mean(r)) / std(r)                                  over the group            (1)
     rho_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)               the ratio of a token      (2)
@@ -51,7 +49,6 @@ which train.py hands in, draws problems, turns ids into text, and rewards it.
 """
 import math
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -97,14 +94,14 @@ class GRPOConfig:
     kl_loss: str = opt("k3", "k3: equation (4) (GRPO); k3_ratio: k3 times the ratio, whose "
                        "gradient is that of KL(pi || pi_ref) (DeepSeek-V3.2)",
                        choices=("k3", "k3_ratio"))
-    loss_norm: str = opt("sequence", "sequence: mean over completions of token means (GRPO); "
-                         "token: token-level mean (DAPO); constant: sum over tokens / "
-                         "(completions x max_new_tokens) (Dr. GRPO)",
+    loss_norm: str = opt("sequence", "sequence: mean over completions of their tokens' mean "
+                         "(GRPO); token: mean over all tokens (DAPO); constant: sum over tokens "
+                         "/ (completions x max_new_tokens) (Dr. GRPO)",
                          choices=("sequence", "token", "constant"))
     inner_epochs: int = opt(1, "passes over a rollout", least=1)
     minibatches: int = opt(1, "optimiser steps per pass", least=1)
-    mask_truncated: bool = opt(False, "truncated completions are left out of the loss, though not "
-                               "out of the baseline")
+    mask_truncated: bool = opt(False, "truncated completions are left out of the loss, though they "
+                               "count in their group's mean")
     dynamic_sampling: int = opt(0, "extra rounds, at most, that replace groups whose rewards are "
                                 "all equal (DAPO)",
                                 least=0, most=1000)
@@ -170,8 +167,8 @@ def train_grpo(policy, ref, env, run, cfg):
             drawn = [env.draw(rng) for _ in range(P - len(groups))]
             completions = generate(sampler, [prompt for _, prompt in drawn], G, cfg.max_new_tokens,
                                    cfg.temperature, env.stop_ids, generator, env.find_end)
-            samples = [Sample(**vars(completion), problem=drawn[i // G][0],
-                              text=env.decode(completion.ids))
+            samples = [Sample(**vars(completion), text=env.decode(completion.ids),
+                              problem=drawn[i // G][0])  # those of a prompt lie side by side
                        for i, completion in enumerate(completions)]
 
             # ---- Reward: rules read the text; what comes back are numbers without a gradient
@@ -180,8 +177,8 @@ def train_grpo(policy, ref, env, run, cfg):
             # ---- Advantage: each completion against its own group, equation (1)
             by_group = torch.tensor(rewards, dtype=torch.float64).view(-1, G)
             adv = group_advantages(by_group, cfg.adv_norm).flatten().tolist()
-            for i, sample in enumerate(samples):
-                sample.reward, sample.parts, sample.adv = rewards[i], parts[i], adv[i]
+            for sample, *scored in zip(samples, rewards, parts, adv, strict=True):
+                sample.reward, sample.parts, sample.adv = scored
             new = [samples[i:i + G] for i in range(0, len(samples), G)]
             sampled, groups = sampled + new, groups + new
 
@@ -195,7 +192,8 @@ def train_grpo(policy, ref, env, run, cfg):
         now = time.time()
         run.seconds += now - t0
         log_step(run, step + 1, sampled, update, now - t0, now - update_t0, cfg)
-        run.end_step(step + 1, cfg.rl_steps, policy, optimizers, ref if cfg.ref_every else None)
+        renewed = ref if cfg.ref_every else None  # else it is the model that RL began with
+        run.end_step(step + 1, cfg.rl_steps, policy, optimizers, renewed)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.rl_steps:
             sync_weights(sampler, policy)
             run.evaluate(sampler)
@@ -208,67 +206,77 @@ def group_advantages(rewards, adv_norm="std"):
     rewards = rewards.double()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     std = rewards.std(dim=1, keepdim=True, correction=0)
+    # Dividing by a std that is nothing but rounding would blow that up.
     equal = std <= 1e-6 * rewards.abs().amax(dim=1, keepdim=True).clamp(min=1)
     adv = centred / std if adv_norm == "std" else centred
-    return torch.where(equal, 0.0, adv).float()  # dividing by such a std would blow up rounding
+    return torch.where(equal, 0.0, adv).float()
 
 
 # ------------------------------------------------------------------------------------------------
 # The update
 
 
-MEANS = ("ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy")  # over tokens, in `grpo_loss`
+MEANS = ("ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy")  # over the tokens learnt from
 
 
 def update_policy(policy, ref, optimizers, groups, cfg, generator):
     """Learns from a rollout: cfg.inner_epochs times cfg.minibatches optimiser steps -> metrics,
-    each the mean over those of the steps that have it; nan if none has."""
-    samples = [sample for group in groups for sample in group]
-    device = next(policy.parameters()).device
-    steps, skips = [], []  # of each optimiser step, and of each that was to change the weights
+    each the mean over those of the steps that have it; nan if none has ("skipped": 0)."""
+    samples, steps = [sample for group in groups for sample in group], []
     for _ in range(cfg.inner_epochs):
         order = torch.randperm(len(samples), generator=generator)
         for rows in order.tensor_split(cfg.minibatches):
             batch = [samples[i] for i in rows]
-            if cfg.mask_truncated:
-                batch = [sample for sample in batch if not sample.truncated]
-            batch.sort(key=len, reverse=True)  # rows of like length together: little padding
-            n_tokens = torch.tensor([len(sample.ids) for sample in batch])
-            # Equation (5) averages over the whole batch, so its weights are computed before that is
-            # cut into micro-batches, whose gradients then add up to those of the batch.
-            weights = token_weights(n_tokens, len(rows), cfg)
-            if cfg.skip_equal or ref is None:
-                kept = [i for i, sample in enumerate(batch) if sample.adv]
-                batch = [batch[i] for i in kept]
-                n_tokens, weights = n_tokens[kept], weights[kept]
-            share = n_tokens / n_tokens.sum()
-            # With no completion to learn from there is nothing to average over. (Unlike a dict's, a
-            # Counter's update() adds.)
-            metrics = Counter(dict.fromkeys(MEANS, 0.0 if batch else math.nan), loss=0.0)
-            i = 0
-            while i < len(batch):
-                n = max(1, cfg.micro_tokens // len(batch[i]))  # the first is the longest
-                tokens, mask, logp_old, adv = collate(batch[i:i + n], device)
-                logp = token_logps(policy, tokens, cfg.temperature, mask)
-                logp_ref = None
-                if ref is not None:
-                    with torch.no_grad():
-                        logp_ref = token_logps(ref, tokens, cfg.temperature, mask)
-                loss, means = grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights[i:i + n])
-                loss.backward()
-                part = share[i:i + n].sum().item()  # of the batch's tokens
-                metrics.update({name: part * value for name, value in means.items()})
-                metrics["loss"] += loss.item()
-                i += n
-            # Without any advantage only the KL has a gradient. Momentum and normalisation of AdamW
-            # or Muon would still move the weights, so no step is taken (published GRPO takes it).
-            teaches = any(sample.adv for sample in batch)
-            taken = optimizers if teaches else []
-            metrics["grad_norm"], skipped = apply_gradients(policy, taken, cfg.max_grad_norm)
-            steps.append(metrics)
-            skips += [skipped] * teaches
-    means = {name: mean([metrics[name] for metrics in steps]) for name in steps[0]}
-    return {**means, "skipped": mean(skips or [0])}
+            steps.append(optimiser_step(policy, ref, optimizers, batch, cfg))
+    metrics = {name: mean([step[name] for step in steps]) for name in steps[0]}
+    return {**metrics, "skipped": max(0.0, metrics["skipped"])}  # max() takes 0 over nan
+
+
+def optimiser_step(policy, ref, optimizers, batch, cfg):
+    """One step on a list of Samples -> its metrics, as floats: those in MEANS are nan if no sample
+    was left to learn from, and "skipped" (1: the gradients were not finite) if no step was due."""
+    N, device = len(batch), next(policy.parameters()).device
+    if cfg.mask_truncated:
+        batch = [sample for sample in batch if not sample.truncated]
+    batch.sort(key=len, reverse=True)  # rows of like length together: little padding
+    n_tokens = torch.tensor([len(sample.ids) for sample in batch])
+    # The weights come before anything else is taken out. Equation (5) averages over the whole
+    # batch: its micro-batches' gradients have to add up to that of the batch, and a completion
+    # whose advantage is 0 counts there even if it is left out because it has no gradient.
+    weights = token_weights(n_tokens, N, cfg)
+    if cfg.skip_equal or ref is None:
+        kept = [i for i, sample in enumerate(batch) if sample.adv]
+        batch = [batch[i] for i in kept]
+        n_tokens, weights = n_tokens[kept], weights[kept]
+    metrics = {"loss": 0.0, **dict.fromkeys(MEANS, 0.0 if batch else math.nan)}
+    for rows in micro_batches(batch, cfg.micro_tokens):
+        tokens, mask, logp_old, adv = collate(batch[rows], device)
+        logp = token_logps(policy, tokens, cfg.temperature, mask)
+        logp_ref = None
+        if ref is not None:
+            with torch.no_grad():
+                logp_ref = token_logps(ref, tokens, cfg.temperature, mask)
+        loss, means = grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights[rows])
+        loss.backward()
+        metrics["loss"] += loss.item()
+        share = (n_tokens[rows].sum() / n_tokens.sum()).item()  # of the batch's tokens
+        for name in MEANS:
+            metrics[name] += share * means[name]
+    # Without any advantage only the KL has a gradient. Momentum and normalisation of AdamW or Muon
+    # would still move the weights, so no step is taken (published GRPO takes it).
+    due = any(sample.adv for sample in batch)
+    grad_norm, skipped = apply_gradients(policy, optimizers if due else [], cfg.max_grad_norm)
+    return {**metrics, "grad_norm": grad_norm, "skipped": skipped if due else math.nan}
+
+
+def micro_batches(samples, micro_tokens):
+    """Slices of `samples`, of which the first is the longest, of at most so many tokens, padding
+    included, but one sample at least."""
+    i = 0
+    while i < len(samples):
+        n = max(1, micro_tokens // len(samples[i]))
+        yield slice(i, i + n)
+        i += n
 
 
 def mean(values):
@@ -315,7 +323,7 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
     # clipped, and only its gradient matters. It leaves 1 at later steps on the same rollout
     # (inner_epochs, minibatches), and where sampling and training round differently (bfloat16):
     # dividing by the probability that the sampler used corrects for that, token by token. Padding
-    # is set to 0 before exp: inf * 0 would be NaN.
+    # may hold anything; it is set to 0 before exp, since inf * 0 would be NaN.
     log_ratio = (logp - logp_old).masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
 
@@ -327,12 +335,12 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
     # (4) "k3" (Schulman 2020). Averaged over tokens sampled from pi its value is KL(pi || pi_ref),
     # but its gradient is that of KL(pi_ref || pi), as in published GRPO: autograd does not see that
     # the tokens, too, depend on pi. Near pi_ref the two agree.
-    # k3 times the ratio has both the value and the gradient of KL(pi || pi_ref). (exp() once more:
-    # a variant may replace `ratio`, and the KL must not change with it.)
     kl = torch.zeros_like(ratio)
     if logp_ref is not None:
         ref_log_ratio = (logp_ref - logp).masked_fill(~mask, 0.0)
         kl = ref_log_ratio.exp() - ref_log_ratio - 1
+    # k3 times the ratio has both the value and the gradient of KL(pi || pi_ref). (Not `ratio`: the
+    # README's variants replace that, and the KL must not change with it.)
     kl_loss = log_ratio.exp() * kl if cfg.kl_loss == "k3_ratio" else kl
 
     # (5)
@@ -374,10 +382,11 @@ def log_step(run, step, sampled, update, took, update_s, cfg):
         "tokens_per_s": sum(lengths) / took, "sample_s": took - update_s, "update_s": update_s,
         "seconds": run.seconds}
     tasks = {getattr(sample.problem, "task", "") for sample in samples}
-    for task in sorted(tasks) if len(tasks) > 1 else ():
-        own = [sample for sample in samples if sample.problem.task == task]
-        metrics[f"{task}/accuracy"] = mean([s.parts.get("accuracy", math.nan) for s in own])
-        metrics[f"{task}/length"] = mean([len(sample.ids) for sample in own])
+    if len(tasks) > 1:
+        for task in sorted(tasks):
+            own = [sample for sample in samples if sample.problem.task == task]
+            metrics[f"{task}/accuracy"] = mean([s.parts.get("accuracy", math.nan) for s in own])
+            metrics[f"{task}/length"] = mean([len(sample.ids) for sample in own])
     row = {"step": f"{step}/{cfg.rl_steps}", "reward": f"{metrics['reward']:.2f}"}
     row |= {name[:4]: f"{value:.2f}" for name, value in parts.items()}  # accu, form, lang, ...
     row |= {"length": f"{metrics['length']:.1f}", "kl": f"{update['kl']:.3f}",
