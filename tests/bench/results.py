@@ -335,10 +335,13 @@ def verdict(holds):
 
 def missed(rows):
     """How many claims hold in each of their runs, and a table of those that do not."""
-    others = [[claim, of, holds.removeprefix("**no**").strip(": ").replace("fails in", "in")]
-              for claim, of, _, holds in rows if holds != "yes"]
-    held = f"{len(rows) - len(others)} of the {len(rows)} claims hold in each of their runs."
-    return f"{held} These do not:\n\n{table(['claim', 'runs', 'fails'], others)}"
+    others = []
+    for claim, _, _, holds in rows:
+        if holds != "yes":
+            where, seeds = re.search(r"no\*\*(:.*)? \(fails in (.*)\)", holds).groups()
+            others.append([claim, f"{seeds} seeds{where or ''}"])
+    held = f"{len(rows) - len(others)} of the {len(rows)} claims hold in every seed. These do not:"
+    return f"{held}\n\n{table(['claim', 'fails in'], others)}"
 
 
 def claims(results):
@@ -453,9 +456,9 @@ def claims(results):
          f"{four(of, 'dev3')} → {four(of, 'r1')} %",
          lambda s: {task: s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
                     for task in ("chat", *data.REASONING)}],
-        ["more and larger steps, divided by the std, *exploit the reward model*: its rate of wins "
-         "in chat is 5 points or more above gold's, and pass@1 in chat falls by 5 points or more "
-         "(while gold reward, which counts friendly words as well, rises)", recipe,
+        ["more and larger steps, divided by the std, *exploit the reward model*: in chat its rate "
+         "of wins is 5 points or more above gold's, and pass@1 falls by 5 points or more, while "
+         "gold reward, which counts friendly words as well, rises", recipe,
          lambda of: after_dev3(of, "r1_hacked") + more_gold(of, "r1_hacked"),
          lambda s: happier(s, "r1_hacked") >= 0.05 and gained(s, "r1_hacked") <= -0.05
          and s["r1_hacked"]["chat"]["gold_reward"] > s["dev3"]["chat"]["gold_reward"]],
