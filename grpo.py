@@ -221,20 +221,24 @@ MEANS = ("ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy")  # over th
 
 def update_policy(policy, ref, optimizers, groups, cfg, generator):
     """Learns from a rollout: cfg.inner_epochs times cfg.minibatches optimiser steps -> metrics,
-    each the mean over those of the steps that have it; nan if none has ("skipped": 0)."""
+    each the mean over those of the steps that have it; nan ("skipped": 0) if none has."""
     samples, steps = [sample for group in groups for sample in group], []
     for _ in range(cfg.inner_epochs):
         order = torch.randperm(len(samples), generator=generator)
         for rows in order.tensor_split(cfg.minibatches):
             batch = [samples[i] for i in rows]
             steps.append(optimiser_step(policy, ref, optimizers, batch, cfg))
-    metrics = {name: mean([step[name] for step in steps]) for name in steps[0]}
-    return {**metrics, "skipped": max(0.0, metrics["skipped"])}  # max() takes 0 over nan
+    metrics = {"loss": 0.0, **dict.fromkeys(MEANS, math.nan), "grad_norm": 0.0, "skipped": 0.0}
+    for name in metrics:
+        found = [step[name] for step in steps if name in step]
+        if found:
+            metrics[name] = sum(found) / len(found)
+    return metrics
 
 
 def optimiser_step(policy, ref, optimizers, batch, cfg):
-    """One step on a list of Samples -> its metrics, as floats: those in MEANS are nan if no sample
-    was left to learn from, and "skipped" (1: the gradients were not finite) if no step was due."""
+    """One step on a list of Samples -> its metrics, as floats: without those in MEANS if no sample
+    was left to learn from, without "skipped" (1: gradients not finite) if no step was due."""
     N, device = len(batch), next(policy.parameters()).device
     if cfg.mask_truncated:
         batch = [sample for sample in batch if not sample.truncated]
@@ -248,7 +252,7 @@ def optimiser_step(policy, ref, optimizers, batch, cfg):
         kept = [i for i, sample in enumerate(batch) if sample.adv]
         batch = [batch[i] for i in kept]
         n_tokens, weights = n_tokens[kept], weights[kept]
-    metrics = {"loss": 0.0, **dict.fromkeys(MEANS, 0.0 if batch else math.nan)}
+    metrics = dict.fromkeys(("loss", *MEANS) if batch else ("loss",), 0.0)
     for rows in micro_batches(batch, cfg.micro_tokens):
         tokens, mask, logp_old, adv = collate(batch[rows], device)
         logp = token_logps(policy, tokens, cfg.temperature, mask)
@@ -265,8 +269,9 @@ def optimiser_step(policy, ref, optimizers, batch, cfg):
     # Without any advantage only the KL has a gradient. Momentum and normalisation of AdamW or Muon
     # would still move the weights, so no step is taken (published GRPO takes it).
     due = any(sample.adv for sample in batch)
-    grad_norm, skipped = apply_gradients(policy, optimizers if due else [], cfg.max_grad_norm)
-    return {**metrics, "grad_norm": grad_norm, "skipped": skipped if due else math.nan}
+    metrics["grad_norm"], skipped = apply_gradients(policy, optimizers if due else [],
+                                                    cfg.max_grad_norm)
+    return {**metrics, "skipped": skipped} if due else metrics
 
 
 def micro_batches(samples, micro_tokens):
@@ -277,11 +282,6 @@ def micro_batches(samples, micro_tokens):
         n = max(1, micro_tokens // len(samples[i]))
         yield slice(i, i + n)
         i += n
-
-
-def mean(values):
-    """The mean of the values that are not nan; nan if all are."""
-    return torch.tensor(values, dtype=torch.float64).nanmean().item()
 
 
 def collate(samples, device):
@@ -369,7 +369,9 @@ def log_step(run, step, sampled, update, took, update_s, cfg):
     lengths = [len(sample.ids) for sample in samples]
     same = [group for group in sampled if not any(sample.adv for sample in group)]
     outcomes = [{sample.parts.get("accuracy") for sample in group} for group in sampled]
-    # A part is nan where that reward does not judge that problem.
+    def mean(values):  # a part is nan where that reward does not judge that problem
+        return torch.tensor(values, dtype=torch.float64).nanmean().item()
+
     parts = {name: mean([sample.parts[name] for sample in samples]) for name in samples[0].parts}
     metrics = {
         "step": step, "reward": mean([sample.reward for sample in samples]),
@@ -391,7 +393,7 @@ def log_step(run, step, sampled, update, took, update_s, cfg):
     row |= {name[:4]: f"{value:.2f}" for name, value in parts.items()}  # accu, form, lang, ...
     row |= {"length": f"{metrics['length']:.1f}", "kl": f"{update['kl']:.3f}",
             "entropy": f"{update['entropy']:.2f}",
-            "grad": "SKIPPED" if update["skipped"] else f"{update['grad_norm']:.2f}"}
+            "grad": "SKIPPED" if update["skipped"] == 1 else f"{update['grad_norm']:.2f}"}
     if cfg.inner_epochs * cfg.minibatches > 1:
         row["clip"] = f"{update['clip']:.3f}"
     row |= {"zero-var": f"{metrics['zero_variance']:.2f}", "cut": f"{metrics['truncated']:.2f}",

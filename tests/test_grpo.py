@@ -636,6 +636,15 @@ def test_a_minibatch_without_a_step_does_not_hide_that_all_steps_are_skipped(tin
     assert metrics["skipped"] == 1 and not step.any()
 
 
+def test_a_minibatch_that_diverged_shows_in_the_metrics(tiny):
+    groups = rollout(tiny, prompts=PROMPTS[:2])
+    groups[0][0].logps = torch.full_like(groups[0][0].logps, float("nan"))
+    _, metrics = change(tiny, shifted(tiny), groups, replace(SMALL, minibatches=4))
+    assert 0 < metrics["skipped"] < 1
+    for name in ("loss", "ratio", "sampler_kl", "entropy", "grad_norm"):
+        assert math.isnan(metrics[name]), name
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_step_on_cuda_is_the_cpus(tiny, autocast):
