@@ -234,16 +234,23 @@ class Problem:
     @property
     def key(self):
         """Canonical form: the same numbers in another order are the same problem."""
-        is_set = self.task in ("countdown", "arithmetic")
-        return f"{self.task} {sorted(self.numbers) if is_set else self.question} {self.target}"
+        return f"{self.asks} {self.target}"
 
     @property
     def held_out(self):
         """True for the 30 % that only evaluation sees, whatever the seed: of number sets, with any
         target, in countdown and arithmetic; elsewhere of questions, with any answer."""
-        is_set = self.task in ("countdown", "arithmetic")
-        split_by = f"{self.task} {sorted(self.numbers) if is_set else self.question}"
-        return zlib.crc32(split_by.encode()) % 10 < 3
+        return zlib.crc32(self.asks.encode()) % 10 < 3
+
+    @property
+    def asks(self):
+        """Numbers in any order; of files, a question whatever its case and spaces."""
+        said = self.question
+        if self.task in ("countdown", "arithmetic"):
+            said = sorted(self.numbers)
+        elif self.task == "file":
+            said = " ".join(said.lower().split())
+        return f"{self.task} {said}"
 
 
 def listed(numbers):
@@ -452,9 +459,7 @@ def file_problems(path, question_key="question", answer_key="answer"):
         if type(question) is not str or type(answer) not in (str, int):  # true is no int
             shown = [f"{key}: {repr(value)[:20]}" for key, value in entry.items()]
             raise ValueError(f"it has {', '.join(shown)}")
-        answer = str(answer).split("####")[-1].strip()
-        if "\\boxed" in answer:
-            answer = "\\boxed" + answer.rsplit("\\boxed", 1)[1]
+        answer = last_boxed(str(answer).split("####")[-1].strip())
         (question + answer).encode()  # fails on half an emoji
         if not question.strip() or not answer:
             raise ValueError("empty")
@@ -462,6 +467,18 @@ def file_problems(path, question_key="question", answer_key="answer"):
 
     what = f"{{{question_key}: text, {answer_key}: text or number}}"
     return read_each(path, problem, f"{what} (see --data, --question_key, --answer_key)")
+
+
+def last_boxed(text):
+    """The last \\boxed{...} of a solution, up to the brace that closes it; else the whole text."""
+    *before, inside = text.split("\\boxed")
+    depth = 0
+    for i, sign in enumerate(inside if before else ""):
+        depth += (sign == "{") - (sign == "}")
+        if sign == "}" and depth == 0:
+            inside = inside[:i + 1]
+            break
+    return "\\boxed" * bool(before) + inside
 
 
 def read_each(path, parse, what):
@@ -486,14 +503,11 @@ def leave_out_long(cfg, tok, room):
         if len(problems) < n:
             print(f"{path}: {n - len(problems)} of {n} problems are left out, their prompts are "
                   f"longer than context - max_new_tokens = {room}")
-    def asks(problem):  # whatever the case and the spaces
-        return " ".join(problem.question.lower().split())
-
     if cfg.eval_data and cfg.eval_data != cfg.data:
         problems, held_out = (file_problems(path, cfg.question_key, cfg.answer_key)
                               for path in (cfg.data, cfg.eval_data))
-        n, asked = len(problems), set(map(asks, held_out))
-        problems[:] = [problem for problem in problems if asks(problem) not in asked]
+        n, asked = len(problems), {problem.asks for problem in held_out}
+        problems[:] = [problem for problem in problems if problem.asks not in asked]
         if len(problems) < n:
             print(f"{cfg.data}: {n - len(problems)} of {n} problems are left out, {cfg.eval_data} "
                   f"asks them as well")
@@ -848,7 +862,10 @@ def table_line(cfg, habits, rng):
     while True:
         a, b = sorted((rng.randint(0, LARGEST), rng.randint(1, cfg.max_number)), reverse=True)
         op, c = rng.choice(list(combine(a, b, cfg.ops)) or [(None, None)])
-        if op:
+        # With two numbers a line of the table is a problem with its answer.
+        leaks = cfg.n_numbers == 2 and any(
+            Problem(task, "", (a, b), c).held_out for task in ("countdown", "arithmetic"))
+        if op and not leaks:
             other = rng.choice([c, max(0, min(LARGEST, c + rng.randint(-9, 9)))])
             line = f"{a}{op}{b}={c}{say('against', habits, rng)}{other}"
             return line + say("hit" if c == other else "miss", habits, rng)

@@ -223,7 +223,8 @@ def fraction(found):
 
 SIGNS = [  # pairs of what is written and what it means, in the order in which they are replaced
     ("[¼½¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0])),
-    ("\u2044", "/"),  # the fraction slash that NFKC leaves
+    ("[\u2044÷]", "/"),  # the fraction slash that NFKC leaves
+    (r"^[ *]*(?:minus|negative) (?=[0-9])", "-"),
     (r"(?:\\left)?\\\{ *([-−]?[0-9]+(?: *, *[-−]?[0-9]+)+) *(?:\\right)?\\\}",  # a set
      lambda found: re.sub(" *, *", ", ", found[1])),
     ("~", " "), (r"(?<=[0-9])\\,(?=[0-9]{3})", ""), (">=|≥", r"\\ge "), ("<=|≤", r"\\le "),
@@ -256,6 +257,8 @@ MATHS = ("(?:arc)?(?:sin|cos|tan)[xyz]?|log|exp|sqrt|plus|minus|over|divided|squ
          "eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
          "(?:twen|thir|for|fif|six|seven|eigh|nine)ty|"
          "(?:hundred|thousand|[mb]illion|trillion)s?|[a-z]+illi(?:on|ard)(?:th)?s?|mil|mille|twice|"
+         "imaginary|kappa|zeta|eta|abs|sgn|arg|det|gcd|lcm|max|integral|modulo|inverse|reciprocal|"
+         "hex|binary|octal|gross|score|without|except|wrong|under|"
          "(?:twen|thir|for|fif|six|seven|eigh|nine)tieths?|double|percent|below|"
          "(?:less|fewer|more) than|times (?!(?:per|an?|each|every) )\\w+")  # words, but no units
 UNIT = (r"_[1-9][0-9]?|"  # base 9; or km/h, apples, ...
@@ -275,7 +278,7 @@ SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "bil
 SCIENTIFIC = re.compile(r"^([-+]?[0-9]{1,20}(?:\.[0-9]{1,20})?)\*10\^\(?([-+]?[0-9]{1,2})\)?(?!\S)")
 WRITTEN = re.compile(
     r"([-+]?) ?((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
-    r"(?: ?/ ?(0*[1-9][0-9]*)| ([0-9]{1,9})/(0*[1-9][0-9]*))? ?(%|percent\b)?"
+    r"(?: ?/ ?(0*[1-9][0-9]*)| ([0-9]{1,9})/(0*[1-9][0-9]*))? ?(%|per ?cent\b)?"
     rf"((?: ?(?a:(?:{'|'.join(SCALES)})s?)\b){{0,3}})({UNIT})?", re.I)
 
 
@@ -296,6 +299,7 @@ def plain(text):
 def parse_number(text):
     """A number as people write it, 1,234.50, -3/4, 1 1/2, 50%, 5 million or 72 km/h -> (exact
     value, whether it is a percentage, its unit or ""), or None; also for 2k and 3x."""
+    text = re.sub(r"^([-+]?)10\^", r"\g<1>1*10^", text)
     text = SCIENTIFIC.sub(lambda m: f"{Decimal(f'{m[1]}e{m[2]}'):f}", text)
     found = WRITTEN.fullmatch(text)
     if not found:
@@ -305,7 +309,8 @@ def parse_number(text):
     value += Fraction(int(upper or 0), int(lower or 1))
     for scale in scales.lower().split():
         value *= SCALES[scale.removesuffix("s")]
-    unit = re.sub(r"(?<=ch)es\b|(?<=\w)s\b|[ ^]", "", (unit or "").lower())  # no plural
+    plurals = r"(?<=[cs]h)es\b|(?<=x)es\b|(?<=ss)es\b|(?<=[^\Ws])s\b"
+    unit = re.sub(rf"{plurals}|[ ^]", "", (unit or "").lower())
     return (-value if sign == "-" else value), bool(percent), SHORT.get(unit, unit)
 
 
@@ -372,7 +377,8 @@ def is_right(problem, text):
 
 
 def is_right_untagged(problem, text):
-    """Whether the answer is right if tags are left aside: what follows "answer:" counts as well."""
+    """Whether the answer is right if tags are left aside: what follows "answer:" counts as well,
+    and so does a text that is nothing but the answer."""
     answer = split_completion(text)[1] or ANSWER.split(text)[-1].strip()
     return VERIFIERS[problem.task](problem, answer)[1]
 

@@ -570,6 +570,35 @@ def test_tables_compare_sums_and_hits_are_as_frequent_as_misses():
     assert 0.4 < hits / 500 < 0.65
 
 
+def test_a_table_does_not_give_away_held_out_problems_of_two_numbers():
+    cfg, rng, seen = DataConfig(n_numbers=2), random.Random(0), set()
+    for _ in range(2000):
+        a, _, b, *_ = CHECK.match(data.table_line(cfg, draw_habits(rng), rng)).groups()
+        seen.add((int(a), int(b)))
+    assert len(seen) > 200
+    for task in ("countdown", "arithmetic"):
+        assert not any(data.Problem(task, "", pair, 0).held_out for pair in seen)
+
+
+@pytest.mark.parametrize("solution, target", [
+    (r"We get $\boxed{5}$. Note that this agrees with all that was said before.", r"\boxed{5}"),
+    (r"\boxed{1} is wrong: \boxed{\frac{1}{2}} (see above)", r"\boxed{\frac{1}{2}}"),
+    (r"\boxed{\{1, 2\}}.", r"\boxed{\{1, 2\}}"), (r"so \boxed 5", r"\boxed 5"),
+    (r"open: \boxed{3", r"\boxed{3"), ("no box {3}", "no box {3}")])
+def test_of_a_solution_the_last_box_is_the_answer(solution, target):
+    assert data.last_boxed(solution) == target
+
+
+def test_one_question_in_two_spellings_is_on_one_side_of_the_split():
+    for n in range(40):
+        question = f"What  is {n} Plus\t{n}?"
+        one, other = (data.Problem("file", q, (), "1")
+                      for q in (question, " ".join(question.lower().split())))
+        assert one.held_out == other.held_out and one.key == other.key
+    logic = [data.Problem("logic", q, (), "Ann") for q in ("Ann lies", "ann lies")]
+    assert logic[0].key != logic[1].key
+
+
 def test_both_languages_are_mixed_within_documents():
     mixed = total = 0
     for _, _, lines, _ in attempts_at_countdown(500):

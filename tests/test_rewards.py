@@ -450,6 +450,18 @@ def test_language_consistency_is_the_share_of_words_in_the_questions_script(thin
     assert one_language(PROBLEM, thinking) == pytest.approx(share)  # without tags: all of it
 
 
+@pytest.mark.parametrize("target, answer, right", [
+    ("0.05", "5 per cent", 1), ("1/2", "50 per cent", 1), ("1000000", "10^6", 1),
+    ("1000000", "10^{6}", 1), ("10^6", "1000000", 1), ("10", "10^6", 0), ("-5", "minus 5", 1),
+    ("5", "minus 5", 0), ("2", "6÷3", 1), ("5 boxes", "5 box", 1), ("5 dishes", "5 dish", 1),
+    ("5 glasses", "5 glass", 1), ("5 houses", "5 house", 1), ("5", "5 apples", 1),
+    ("5", "5 imaginary", 0), ("5", "5 kappa", 0), ("5", "5 gross", 0), ("5", "5 wrong answer", 0),
+    ("7", "7 modulo x", 0)])
+def test_words_that_are_units_and_words_that_are_not(target, answer, right):
+    problem = data.Problem("file", "?", (), target)
+    assert rewards.verify_written(problem, answer)[1] == bool(right)
+
+
 def test_japanese_is_one_language_in_two_scripts():
     question = data.Problem("file", "\u7b54\u3048\u306f\u4f55\u3067\u3059\u304b", (), "1")
     japanese, chinese, english = "\u6700\u521d\u306f", "\u6700\u521d", "first"
