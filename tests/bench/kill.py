@@ -24,7 +24,8 @@ FLAGS = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--n_kv_head=1", "--head_di
          "--mlp_dim=16", "--base_rows=2", "--base_length=200", "--context=400", "--base_steps=300",
          "--rl_steps=30", "--prompts_per_step=2", "--group_size=4", "--max_new_tokens=24",
          "--eval_problems=20", "--eval_samples=4", "--eval_every=0", "--save_every=2",
-         "--threads=1", "--device=cpu", "--ref_every=3", "--kl_coef=0.01",
+         "--threads=1", "--device=cpu", "--matmul=torch",  # else two runs may measure two things
+         "--ref_every=3", "--kl_coef=0.01",
          "--w_length=1"]  # no other reward is earned, and equal rewards teach nothing
 LATER = ["--source_problems=20", "--source_samples=4", "--general_replies=20", "--sft_steps=60",
          "--sft_rows=4"]
