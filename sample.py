@@ -194,7 +194,7 @@ def one_line_errors(prog, folder=""):
     except BrokenPipeError:
         raise
     except (MemoryError, RuntimeError) as e:
-        words = ("out of memory", "allocate memory", "not enough memory")  # of CUDA, of CPUs
+        words = ("out of memory", "allocate memory", "not enough memory", "size calculation")
         if not isinstance(e, MemoryError) and not any(said in str(e) for said in words):
             raise
         line = ("out of memory: a smaller model or --context; for RL lower --micro_tokens or "
@@ -471,6 +471,8 @@ class AskConfig:
             raise UserError(f"temperature={self.temperature} is neither 0 nor 0.01 or more")
         if bool(self.numbers) != (self.target >= 0):
             raise UserError("--numbers and --target, which is 0 or more, go together")
+        if self.question and self.numbers:
+            raise UserError("--question and --numbers are two problems: leave out one of them")
         if self.only_right and not self.to:
             raise UserError("--only_right needs --to=FILE.jsonl")
         if self.to and (self.question or self.numbers or self.vs):
@@ -559,6 +561,9 @@ def write_traces(args, given):
     kept = [(problem, text) for problem, text, completion in answers
             if text.strip() and not completion.truncated
             and (not args.only_right or rewards.is_right(problem, text))]
+    if not kept:
+        what = "right" if args.only_right else "complete"
+        raise UserError(f"no sample of {path} was {what}: {args.to} is left as it is")
     write_lines(args.to, [{"prompt": data.in_words(problem, cfg.data), "completion": text}
                           for problem, text in kept])
     print(f"{args.to}: {len(kept)} of {len(answers)} completions by {path}, "

@@ -255,6 +255,12 @@ HEADINGS = {  # shorter ones, since a table fits 110 columns
 WIDTHS = {"cut": 4, "grad": 7, "loss": 7}  # least ones; else 5
 
 
+def cut_short(saved, steps):
+    """What to say of a checkpoint whose run was to take more steps; `steps` names that setting."""
+    step, planned = saved["step"], saved.get("settings", {}).get(steps, 0)
+    return f", cut short at step {step} of {planned}" if step < planned else ""
+
+
 class Run:
     """One stage under way: its settings, its folder, and how it resumes, logs, saves and stops."""
 
@@ -270,6 +276,7 @@ class Run:
         self.seconds, self.skipped, self.rows, self.stopping = 0.0, 0, 0, False
         self.files = contents(cfg)
         self.began, self.ended = time.time(), 0.0  # when it was trained at first, and at last
+        self.cut_short = ""  # said of a stage that ended early
         self.dir, self.saved = os.path.join(cfg.sample.out_dir, name), {"step": 0}
         os.makedirs(self.dir, exist_ok=True)
         if os.path.exists(self.path("ckpt.pt")):
@@ -289,10 +296,15 @@ class Run:
             if other and self.saved["step"] < self.steps:
                 raise UserError(f"{self.dir} has learnt from other contents of "
                                 f"{' and '.join(other)}: choose another --out_dir")
+            if other := [path for path in other if os.path.exists(path)]:
+                print(f"{name}: has learnt from other contents of {' and '.join(other)}")
             self.began = self.saved.get("began", self.began)
             self.ended = self.saved.get("ended", self.ended)
+            self.cut_short = cut_short(self.saved, steps)
         elif name == "base" and cfg.train.base:
-            self.ended = load_checkpoint(cfg.train.base).get("ended", 0.0)
+            elsewhere = load_checkpoint(cfg.train.base)
+            self.ended = elsewhere.get("ended", 0.0)
+            self.cut_short = cut_short(elsewhere, steps)
         # Checkpoints say what "auto" meant. A resumed run and all later sampling keep that dtype,
         # because RL moves weights by less than bfloat16 can represent.
         then = self.saved.get("settings", {})
@@ -780,8 +792,8 @@ def check_stages(stages, given):
         data.read_traces(traces, tok, stage_config(STAGES["sft"], given, tok).data)
     judge = os.path.join(given.get("out_dir", SampleConfig.out_dir), "reward_model", "ckpt.pt")
     for name in stages:
+        cfg = stage_config(stage_of(name, given), given, data.load_tokenizer(folder))
         if STAGES[name].kind == "rl":
-            cfg = stage_config(stage_of(name, given), given, data.load_tokenizer(folder))
             if judged(cfg) and not ("reward_model" in stages or os.path.exists(judge)):
                 raise UserError(f"{name}: w_preference needs a reward model, and {judge} is not "
                                 f"there: train.py reward_model makes it")
@@ -797,19 +809,21 @@ def run_stage(name, given, asked=True, earlier=None):
                             f"after it, or choose another --out_dir")
     result, of = "pairs" if is_rm else run.cfg.data.tasks()[0], None
     if name == "base" and (run.cfg.sample.init_from or base):
-        print(f"base: {run.cfg.sample.init_from or base}")  # trained elsewhere
+        print(f"base: {run.cfg.sample.init_from or base}{run.cut_short}")  # trained elsewhere
         if not given.get("traces"):  # else RL starts from other weights
             print_memory(run)
         if base and run.saved["step"] and not os.path.samefile(base, run.path("ckpt.pt")):
             raise UserError(f"{run.dir} holds a base that was trained here: leave out --base or "
                             f"choose another --out_dir")
         of = origin(base or run.cfg.sample.init_from, run.ended, run.cfg)
-        if base:  # what is known of it, in its own folder
+        then = load_checkpoint(base).get("settings", {}) if base else {}
+        if base and all(then.get(key) == run.cfg.settings()[key] for key in ASKED):
+            # What is known of it, in its own folder: it was asked in the same way.
             write_json(run.path("eval.json"), read_results(run.dir) | {
                 task: {**found, "of": of} for task, found
                 in read_results(os.path.dirname(base)).items() if task in data.TASKS})
     elif run.saved["step"] >= run.steps:
-        print(f"{name}: done ({run.path('ckpt.pt')}, {run.saved['step']} steps)")
+        print(f"{name}: done ({run.path('ckpt.pt')}, {run.saved['step']} steps{run.cut_short})")
         run.saved = {"step": run.saved["step"]}  # the rest is large
     else:
         print(f"{name}: {run.steps} steps on {run.device}, into {run.dir}")
@@ -838,10 +852,13 @@ def run_stage(name, given, asked=True, earlier=None):
     return run
 
 
+ASKED = [*names(DataConfig, "task", "mix", "eval_problems"), "max_new_tokens", "temperature"]
+
+
 def origin(path, ended, cfg):
     """What tells apart the evaluations of bases that were trained elsewhere: the checkpoint or
     folder, when that was trained, and how it was asked."""
-    asked = [vars(cfg.data)[key] for key in names(DataConfig, "task", "mix", "eval_problems")]
+    asked = [cfg.settings()[key] for key in ASKED]
     return f"{zlib.crc32(repr([os.path.realpath(path), ended, asked]).encode()):08x}"
 
 
@@ -940,9 +957,11 @@ def print_tables(results, tasks):
         rows = {stage: found for stage, found in results.items() if task in found}
         evaluated = [found[task] for found in rows.values()]
         k, n = (max(found[key] for found in evaluated) for key in ("samples", "problems"))
+        fewest = min(found["problems"] for found in evaluated)
+        most = f"{fewest} to {n}" if fewest < n else f"{n}"
         keys = ["pass@1", "pass@1_ci", "pass@1_T=0.6", "pass@1_greedy", f"pass@{k}", f"cons@{k}",
                 "pass@1_untagged", "format", "one_language", "length", "truncated"]
-        print_table(f"{task}: {n} held-out problems, {k} samples of each", rows,
+        print_table(f"{task}: {most} held-out problems, {k} samples of each", rows,
                     {HEADINGS.get(key, key): (task, key) for key in keys})
     others = {t: (t, "pass@1") for t in data.TASKS
               if t not in tasks and any(t in r for r in results.values())}
@@ -1037,13 +1056,14 @@ def run_export(given):
     dtype = sample.sampling_dtype(cfg.sample)
     if train.export_dtype != "auto":
         dtype = getattr(torch, train.export_dtype)
+    ends = list(dict.fromkeys(data.stops(tok, cfg.data)[0]))  # what RL has learnt to end with
+    data.prompt_ids(data.Problem("file", "?", (), ""), tok, cfg.data)  # refuses another's template
     save_pretrained(model, train.export_dir, source, dtype)
     if not source:
         tok.save(train.export_dir, data.chat_template(cfg.data.template, cfg.data.prefill_think))
     data.add_chat_template(train.export_dir, cfg.data, tok)
     file = os.path.join(train.export_dir, "generation_config.json")
     generation = read_json(file) if os.path.exists(file) else {}
-    ends = list(dict.fromkeys(data.stops(tok, cfg.data)[0]))  # what RL has learnt to end with
     write_json(file, {**generation, "eos_token_id": ends})
     print(f"{path}: written to {train.export_dir} as {str(dtype).removeprefix('torch.')}")
 

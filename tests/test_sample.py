@@ -555,8 +555,14 @@ def test_right_completions_become_traces(finished, tmp_path, monkeypatch, capsys
         asked = question.split("what is ")[1].split("\n")[0]
         right.append(rewards.parse_expression(asked)[0] == int(answer[8:-9]))
     assert right == [True] * 5
-    argv = [f"--ckpt={finished / 'zero' / 'ckpt.pt'}", "--only_right"]
-    assert "--to" in refusal(sample.main, argv, capsys)
+    kept = path.read_bytes()
+    monkeypatch.setattr(rewards, "is_right", lambda problem, text: False)
+    ckpt = f"--ckpt={finished / 'zero' / 'ckpt.pt'}"
+    assert "left as it is" in refusal(sample.main, [ckpt, *flags, "--only_right"], capsys)
+    assert path.read_bytes() == kept
+    assert "--to" in refusal(sample.main, [ckpt, "--only_right"], capsys)
+    argv = ["--question=why?", "--numbers=3,7,2", "--target=20"]
+    assert "two problems" in refusal(sample.main, argv, capsys)
 
 
 def test_a_question_cannot_control_the_terminal(finished, capsys):

@@ -1008,6 +1008,45 @@ def test_a_base_elsewhere_that_was_not_evaluated_is_evaluated_here(finished, tmp
     assert here.pop("of") and here == results(finished / "base")["countdown"]
 
 
+def test_a_base_elsewhere_that_was_asked_otherwise_is_asked_again(finished, tmp_path):
+    base = f"--base={finished}/base/ckpt.pt"
+    tiny = [flag for flag in ZERO if flag not in SHAPE]
+    run(tmp_path, "base", base, tiny=[*tiny, "--max_new_tokens=3"])
+    here = results(tmp_path / "base")["countdown"]
+    assert here["length"] <= 3 < results(finished / "base")["countdown"]["length"]
+    run(tmp_path, "base", base, tiny=tiny)
+    assert results(tmp_path / "base")["countdown"]["length"] > 3
+
+
+def test_what_was_cut_short_says_so(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "then")
+    for stage, step in (("base", 8), ("zero", 2)):
+        path = str(tmp_path / "then" / stage / "ckpt.pt")
+        state = load_checkpoint(path)
+        save_checkpoint(path, {**state, "step": step})
+    base = tmp_path / "then" / "base" / "ckpt.pt"
+    run(tmp_path / "other", "base", f"--base={base}", tiny=[f for f in ZERO if f not in SHAPE])
+    assert f"base: {base}, cut short at step 8 of 12" in capsys.readouterr().out
+    shutil.copy(finished / "base" / "ckpt.pt", base)
+    run(tmp_path / "then", "zero", tiny=[*ZERO, "--rl_steps=2"])
+    assert "2 steps, cut short at step 2 of 3)" in capsys.readouterr().out
+
+
+def test_a_shape_that_a_later_stage_cannot_have_is_refused_at_once(tmp_path, capsys):
+    argv = ["distill", "--head_dim=0", "--n_head=64", "--n_kv_head=64", f"--out_dir={tmp_path}"]
+    assert "head_dim" in refusal(train.main, argv, capsys) and not os.listdir(tmp_path)
+    argv = ["base", f"--n_embd={10**18}", f"--out_dir={tmp_path}"]
+    assert "out of memory" in refusal(train.main, argv, capsys)
+
+
+def test_a_table_says_how_many_problems_its_rows_are_of(capsys):
+    row = {"pass@1": 0.5, "samples": 4}
+    for n, title in ((100, "a: 100 to 440 held-out problems"), (440, "a: 440 held-out problems")):
+        train.print_tables({"base": {"a": {**row, "problems": 440}},
+                            "zero": {"a": {**row, "problems": n}}}, ["a"])
+        assert title in capsys.readouterr().out
+
+
 def test_a_slip_changes_one_token_of_the_answer_and_nothing_else():
     tok = data.load_tokenizer()
     text, rng = "<think>\n</think>\n<answer>of course, hello Ann and Bob</answer>", random.Random(0)
@@ -1170,6 +1209,9 @@ def test_an_export_that_cannot_be_is_refused_in_one_line(finished, tmp_path, cap
     ckpt = f"--ckpt={finished / 'zero' / 'ckpt.pt'}"
     for flags, word in ([], "--export_dir"), (["--export_dir=/dev/null/x"], "/dev/null/x"):
         assert word in refusal(train.main, ["export", ckpt, *flags], capsys)
+    flags = [f"--export_dir={tmp_path / 'hf'}", "--template=qwen"]
+    assert "template=qwen" in refusal(train.main, ["export", ckpt, *flags], capsys)
+    assert not os.path.exists(tmp_path / "hf")
     flags = [f"--export_dir={tmp_path}", "--export_dtype=int7"]
     assert "int7" in refusal(train.main, ["export", ckpt, *flags], capsys)
 
