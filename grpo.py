@@ -44,8 +44,8 @@ The clip stops pushing a token once its ratio has moved by eps in the direction 
 beta keeps the policy near the reference while it chases the reward.
 
 Read on in the order in which the code runs: settings, `train_grpo` (the loop), then what it calls:
-`group_advantages` (1), `update_policy`, `grpo_loss` (2)-(5). All of that works on token ids: `env`,
-which train.py hands in, draws problems, turns ids into text, and rewards it.
+`group_advantages` (1), `update_policy`, `optimiser_step`, `grpo_loss` (2)-(5). All of that works on
+token ids: `env`, which train.py hands in, draws problems, turns ids into text, and rewards it.
 """
 import math
 import time
@@ -240,8 +240,7 @@ def optimiser_step(policy, ref, optimizers, batch, cfg):
     """One step on a list of Samples -> its metrics, as floats: without those in MEANS if no sample
     was left to learn from, without "skipped" (1: gradients not finite) if no step was due."""
     N, device = len(batch), next(policy.parameters()).device
-    if cfg.mask_truncated:
-        batch = [sample for sample in batch if not sample.truncated]
+    batch = [sample for sample in batch if not (cfg.mask_truncated and sample.truncated)]
     batch.sort(key=len, reverse=True)  # rows of like length together: little padding
     n_tokens = torch.tensor([len(sample.ids) for sample in batch])
     # The weights come before anything else is taken out. Equation (5) averages over the whole
