@@ -471,14 +471,12 @@ def file_problems(path, question_key="question", answer_key="answer"):
 
 def last_boxed(text):
     """The last \\boxed{...} of a solution, up to the brace that closes it; else the whole text."""
-    *before, inside = text.split("\\boxed")
-    depth = 0
-    for i, sign in enumerate(inside if before else ""):
+    start, depth = max(0, text.rfind("\\boxed")), 0
+    for i, sign in enumerate(text[start:] if "\\boxed" in text else "", start):
         depth += (sign == "{") - (sign == "}")
         if sign == "}" and depth == 0:
-            inside = inside[:i + 1]
-            break
-    return "\\boxed" * bool(before) + inside
+            return text[start:i + 1]
+    return text[start:]
 
 
 def read_each(path, parse, what):

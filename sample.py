@@ -194,6 +194,7 @@ def one_line_errors(prog, folder=""):
     except BrokenPipeError:
         raise
     except (MemoryError, RuntimeError) as e:
+        # Of CUDA; of CPUs; of sizes that no 64 bits hold.
         words = ("out of memory", "allocate memory", "not enough memory", "size calculation")
         if not isinstance(e, MemoryError) and not any(said in str(e) for said in words):
             raise
