@@ -471,8 +471,10 @@ def file_problems(path, question_key="question", answer_key="answer"):
 
 def last_boxed(text):
     """The last \\boxed{...} of a solution, up to the brace that closes it; else the whole text."""
-    start, depth = max(0, text.rfind("\\boxed")), 0
-    for i, sign in enumerate(text[start:] if "\\boxed" in text else "", start):
+    start, depth = text.rfind("\\boxed"), 0
+    if start < 0:
+        return text
+    for i, sign in enumerate(text[start:], start):
         depth += (sign == "{") - (sign == "}")
         if sign == "}" and depth == 0:
             return text[start:i + 1]
