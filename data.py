@@ -304,9 +304,8 @@ def draw_countdown(cfg, rng):
 def without_solution(problem, cfg, rng):
     """The same numbers with a target out of reach: only there does a search try everything."""
     within = reachable(problem.numbers, cfg.ops)
-    others = [countdown_problem(problem.numbers, target) for target in range(1, LARGEST + 1)]
-    others = [other for other in others if other.target not in within and not other.held_out]
-    return rng.choice(others) if others else problem
+    targets = [target for target in range(1, LARGEST + 1) if target not in within]
+    return countdown_problem(problem.numbers, rng.choice(targets)) if targets else problem
 
 
 def draw_arithmetic(cfg, rng):

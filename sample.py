@@ -334,15 +334,15 @@ def evaluate(model, tok, problems, k, cfg, temperature):
 
 def evaluate_tasks(model, tok, cfg, folder):
     """Held-out problems of cfg.data.tasks(), sampled at the training temperature, at the paper's
-    0.6 and greedily, into FOLDER/eval.json and samples.jsonl. A toy model is asked up to 100
-    general requests of each kind, and a twentieth as many problems of every other task, as well,
-    unless FOLDER holds more about it."""
+    0.6 and greedily, into FOLDER/eval.json and samples.jsonl. A toy model is asked a twentieth as
+    many problems of every other task as well, and with --task=all up to 100 general requests of
+    each kind, unless FOLDER holds more about it."""
     main, k, n = cfg.data.tasks(), cfg.sample.eval_samples, cfg.data.eval_problems
     results, samples, tasks = read_results(folder), [], dict.fromkeys(main, n)
     model = for_sampling(model, cfg.sample)
     if not (cfg.sample.init_from or cfg.data.data):
         others = [task for task in data.TASKS if task not in (*main, "file")]
-        beside = {task: min(n, 100) if task in data.GENERAL else max(1, n // 20)
+        beside = {task: min(n, 100) if cfg.data.task == "all" else max(1, n // 20)
                   for task in others}
         tasks |= {task: n for task, n in beside.items()
                   if results.get(task, {}).get("problems", 0) <= n}
@@ -351,7 +351,8 @@ def evaluate_tasks(model, tok, cfg, folder):
         results[task], found = evaluate(model, tok, problems, k, cfg, cfg.grpo.temperature)
         samples += found[:100 * k]
         if task in main:
-            for name, samples_each, temperature in (("T=0.6", 4, 0.6), ("greedy", 1, 0.0)):
+            few = min(4, max(1, 400 // n))  # some 400 samples will do
+            for name, samples_each, temperature in (("T=0.6", few, 0.6), ("greedy", 1, 0.0)):
                 other, _ = evaluate(model, tok, problems, samples_each, cfg, temperature)
                 results[task][f"pass@1_{name}"] = other["pass@1"]
     if "chat" in tasks:

@@ -118,6 +118,7 @@ def test_an_answer_without_tags_is_right_but_for_its_tags(monkeypatch):
 def test_the_main_task_is_sampled_at_both_temperatures_and_greedily_and_others_once(
         monkeypatch, tmp_path):
     asked = []
+    (tmp_path / "all").mkdir()
 
     def evaluate(model, tok, problems, k, cfg, temperature):
         asked.append((problems[0].task, len(problems), k, temperature))
@@ -134,10 +135,17 @@ def test_the_main_task_is_sampled_at_both_temperatures_and_greedily_and_others_o
                                               "pass@1_greedy": 3}
     others = [ask for ask in asked if ask[0] != "countdown"]
     assert {ask[0] for ask in others} == set(data.TASKS) - {"countdown", "file"}
-    requests = [ask for ask in others if ask[0] in data.GENERAL]
-    assert [ask[1:] for ask in requests] == [(20, 3, 0.9)] * 2  # 100, or as many as of the main
-    assert {ask[1:] for ask in others if ask not in requests} == {(1, 3, 0.9)}
-    assert len(others) == 5
+    assert [ask[1:] for ask in others] == [(1, 3, 0.9)] * 5  # a twentieth as many
+
+    # With all tasks general requests count; of many problems one sample at 0.6 is enough.
+    asked.clear()
+    cfg = sample.Config.of({"task": "all", "eval_problems": 200, "eval_samples": 3})
+    sample.evaluate_tasks(GPT(GPTConfig(n_layer=1, n_embd=16, n_head=2, head_dim=8)),
+                          data.load_tokenizer(), cfg, str(tmp_path / "all"))
+    logic = [ask[1:] for ask in asked if ask[0] == "logic"]
+    assert logic == [(200, 3, 1.0), (200, 2, 0.6), (200, 1, 0.0)]
+    requests = {ask[0]: ask[1:] for ask in asked if ask[0] in data.GENERAL}
+    assert requests == {"chat": (100, 3, 1.0), "unsafe": (84, 3, 1.0)}  # no more exist
 
 
 def test_thinking_and_second_attempts_are_counted(monkeypatch):
