@@ -296,6 +296,7 @@ def draw_numbers(cfg, rng):
 
 
 def draw_countdown(cfg, rng):
+    """Numbers and one of the targets above 0 that they can make; None if there is none."""
     numbers = draw_numbers(cfg, rng)
     targets = sorted(reachable(tuple(sorted(numbers)), cfg.ops) - {0})
     return countdown_problem(numbers, rng.choice(targets)) if targets else None
@@ -685,11 +686,11 @@ class Habits:
     chinese: float  # share of words in Chinese
     layout: str     # which tags are used: full, think, answer, none
     checks: bool    # compares results with the target, or just takes what comes
-    patience: int   # misses before giving up
+    patience: int   # misses before giving up; who does not check has none
     emoji: float = 0.0  # share of lines that end with one
 
 
-# The patience from which on an author who checks counts as patient.
+# From so many misses on an author who checks counts as patient.
 ENOUGH = {"countdown": 18, "logic": 6, "code": 6, "arithmetic": 6}
 
 
@@ -719,8 +720,8 @@ def line_end(habits, rng, mark=POINT):
 
 
 def try_all(trials, habits, rng):
-    """Trials (line, its answer or None on the way to one, whether it fits) -> (lines, answer): the
-    answer that fits, or the last one tried when patience or trials end."""
+    """Trials (line, its answer, or None on the way to one; whether that fits) -> (lines, answer):
+    the answer that fits, or the last one tried when patience or trials end."""
     lines, misses, tried = [], 0, ""
     for line, answer, fits in trials:
         if answer is None:
@@ -733,7 +734,8 @@ def try_all(trials, habits, rng):
             return lines, answer
         tried, misses = answer, misses + 1
         if misses == habits.patience:
-            # Other words than below: RL unlearns giving up, and must not unlearn to stop.
+            # Giving up and having tried everything differ in words: RL unlearns the one, and must
+            # not unlearn the other.
             return [*lines, say("quit", habits, rng)], tried
     return [*lines, say("nothing", habits, rng)], tried
 
@@ -753,9 +755,9 @@ def write_countdown(problem, cfg, habits, rng):
         for i, (a, op, b, c, rest) in enumerate(moves(numbers, cfg.ops), start=1):
             line, expression = f"{a}{op}{b}={c}", f"{a.expression}{op}{b.expression}"
             if rest:
-                number = f"{i}. " if len(numbers) == cfg.n_numbers else ""
+                label = f"{i}. " if len(numbers) == cfg.n_numbers else ""
                 kept = say("keep", habits, rng) + ", ".join(map(str, rest))
-                yield f"{number}{kept}: {line}", None, False
+                yield f"{label}{kept}: {line}", None, False
                 yield from search((*rest, Made(c, f"({expression})")))
             else:
                 if habits.checks:
@@ -919,7 +921,9 @@ def corpus_batch(cfg, tok, rng, rows, length):
         if len(ids) <= length:
             documents.append(ids)
     packed = [[] for _ in range(rows)]
-    for ids in sorted(documents, key=len, reverse=True):  # else the patient would find no room
+    # The longest first, else the patient would find no room. So a third of the hasty finds none,
+    # and a row begins with a long document more often than other places do.
+    for ids in sorted(documents, key=len, reverse=True):
         for row in packed:
             if sum(map(len, row)) + len(ids) <= length:
                 row.append(ids)
@@ -1090,30 +1094,56 @@ def end_tokens(folder, special):
     return tuple(dict.fromkeys(stop_ids)), pad_ids[0]
 
 
+def rows_read(cfg, tok, rng, steps):
+    """Yields the rows that so many steps of the base read, each a list of its documents' texts."""
+    for _ in range(steps):
+        ids, _ = corpus_batch(cfg, tok, rng, 12, 353)  # base_rows, base_length + 1
+        for row in ids.tolist():
+            ends = [i for i, token in enumerate(row) if token == tok.end_id]
+            starts = [0, *(end + 1 for end in ends)]
+            yield [tok.decode(row[start:end]) for start, end in zip(starts, ends, strict=False)]
+
+
+def count_habits(text, cfg):
+    """An attempt at a puzzle of three numbers that can be solved -> (the puzzle, {habit: whether
+    the text shows it}); any other document -> None."""
+    asked = re.match(r"User: make (\d+) from (\d+), (\d+) and (\d+)\n", text)
+    target, *numbers = map(int, asked.groups()) if asked else (0,)
+    if target not in reachable(tuple(sorted(numbers)), cfg.ops):
+        return None
+    right, misses = int(re.findall(r"=(\d+)", text)[-1]) == target, 0
+    for word in WORDS["miss"]:
+        misses += text.count(word.rstrip())
+    tags, patient = "<think>" in text and "<answer>" in text, misses >= ENOUGH["countdown"]
+    checks = any(word in text for word in WORDS["against"])
+    return countdown_problem(numbers, target), {
+        "right": right, "all tags": tags, "right with all tags": right and tags,
+        "check results": checks, "tags and checks": tags and checks,
+        "18 misses or more": patient, "these with tags": tags and patient}
+
+
 def main():
-    rng, cfg = random.Random(0), DataConfig()
+    rng, cfg, tok = random.Random(0), DataConfig(), load_tokenizer()
     for _ in range(8):
         print(*document(cfg, rng), sep="", end="\n\n")
-    counts, solved = Counter(), dict.fromkeys((3, 12, 18, 30), 0)
-    for _ in range(10_000):
-        problem, habits = draw_problem(cfg, rng), draw_habits(rng)
-        lines, _ = write_countdown(problem, cfg, habits, rng)
-        last_value = int(re.findall("=([0-9]+)", "".join(lines))[-1])
-        right, tags, checks = last_value == problem.target, habits.layout == "full", habits.checks
-        patient = habits.patience >= ENOUGH["countdown"]
-        counts.update({
-            "right": right, "all tags": tags, "right with all tags": right and tags,
-            "check results": checks, "patient": patient, "tags and checks": tags and checks,
-            "tags and patience": tags and patient,
-            "checks and patience": checks and patient, "all three": tags and checks and patient})
-        tireless = Habits(chinese=0.0, layout="full", checks=True, patience=99)
-        searched, _ = write_countdown(problem, cfg, tireless, random.Random(0))
-        misses = sum(line.endswith(WORDS["miss"][0]) for line in searched)
-        solved = {patience: n + (misses < patience) for patience, n in solved.items()}
-    print("of 10,000 attempts at puzzles that can be solved: "
-          + ", ".join(f"{name} {n / 100:.1f} %" for name, n in counts.items()))
+    every, first, solved = [], [], dict.fromkeys((3, 12, 18, 30), 0)
+    tireless = Habits(chinese=0.0, layout="full", checks=True, patience=99)
+    for documents in rows_read(cfg, tok, rng, 200):
+        for i, found in enumerate(count_habits(text, cfg) for text in documents):
+            if found:
+                every.append(found[1])
+                first += [found[1]] * (i == 0)
+                lines, _ = write_countdown(found[0], cfg, tireless, rng)
+                misses = sum(line.endswith(WORDS["miss"][0]) for line in lines)
+                solved = {patience: n + (misses < patience) for patience, n in solved.items()}
+    for attempts, which in (every, "attempts at puzzles that can be solved"), (
+            first, "of these that begin a row"):
+        shares = {habit: 100 * sum(shown[habit] for shown in attempts) / len(attempts)
+                  for habit in attempts[0]}
+        print(f"{len(attempts):,} {which}: "
+              + ", ".join(f"{habit} {share:.1f} %" for habit, share in shares.items()))
     print(f"who checks, and gives up after {' / '.join(map(str, solved))} misses, solves "
-          f"{' / '.join(f'{n / 100:.1f}' for n in solved.values())} % of them")
+          f"{' / '.join(f'{100 * n / len(every):.1f}' for n in solved.values())} % of them")
 
 
 if __name__ == "__main__":

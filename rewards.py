@@ -93,7 +93,8 @@ def retries(text):
 
 
 # ------------------------------------------------------------------------------------------------
-# Verifiers: (problem, answer) -> (the answer in canonical form or None, whether it is right)
+# Verifiers: (problem, answer) -> (the answer in canonical form or None, whether it is right). The
+# form is for majority votes alone (cons@k in sample.py): equal answers must have one form
 
 
 def form_of(node):
@@ -462,7 +463,7 @@ def emoji(problems, texts):
 
 
 def harmless(problems, texts):
-    """1 for declining an unsafe request, and for whatever is said to others."""
+    """1 for declining an unsafe request; to others there is nothing to decline (see `applies`)."""
     return [float(p.task != "unsafe" or is_right(p, text))
             for p, text in zip(problems, texts, strict=True)]
 
@@ -529,17 +530,17 @@ class Environment:
 
     def __init__(self, tok, data_cfg, reward_cfg, max_new_tokens, judge=None):
         """`judge` is a RewardModel, wanted if there is a weight on preference."""
-        self.tok, self.data, self.rewards = tok, data_cfg, reward_cfg
+        self.tok, self.data_cfg, self.reward_cfg = tok, data_cfg, reward_cfg
         self.max_new_tokens, self.judge = max_new_tokens, judge
         self.stop_ids, self.find_end = data.stops(tok, data_cfg)
 
     def draw(self, rng):
         """A training problem and its prompt's ids."""
-        problem = data.draw_problem(self.data, rng)
-        return problem, data.prompt_ids(problem, self.tok, self.data)
+        problem = data.draw_problem(self.data_cfg, rng)
+        return problem, data.prompt_ids(problem, self.tok, self.data_cfg)
 
     def decode(self, ids):
-        return data.completion_text(ids, self.tok, self.data)
+        return data.completion_text(ids, self.tok, self.data_cfg)
 
     def reward(self, samples):
         """N samples, of which it reads problem, text and ids -> (N totals, N dicts of parts)."""
@@ -547,10 +548,11 @@ class Environment:
             return overlong_penalty([len(s.ids) for s in samples], self.max_new_tokens)
 
         problems, texts = [s.problem for s in samples], [s.text for s in samples]
-        return score(problems, texts, self.rewards, length=length, preference=self.preference)
+        return score(problems, texts, self.reward_cfg, length=length,
+                     preference=self.preference)
 
     def preference(self, problems, texts):
-        prompts = [data.prompt_text(problem, self.data) for problem in problems]
+        prompts = [data.prompt_text(problem, self.data_cfg) for problem in problems]
         return self.judge.score(self.tok, prompts, texts)
 
 

@@ -89,16 +89,17 @@ def carry_out(name):
             t0 = time.time()
             argv = [sys.executable, *command.split()[1:]]
             subprocess.run(argv, cwd=ROOT, stdout=log, stderr=log, check=True)
-        made[command] = {"minutes": (time.time() - t0) / 60, "commit": begun_with}
+        made[command] = {"minutes": (time.time() - t0) / 60, "commit": begun_with,
+                         "cpu": cpu_name()}
         with open(path, "w", encoding="utf-8") as f:
             json.dump(made, f)
 
 
 def gather(known):
     """`known`, what results.json holds, with what the runs wrote that lie here in place of what is
-    known of them: {"about", "seen", "runs": {name: {"made", "stages": {stage: eval.json}}},
-    "evidence": {name: {control: its JSON}}, "earlier": what other commands have measured}."""
-    import torch
+    known of them: {"about": where all was run that says nothing else, "seen", "runs": {name:
+    {"made", "stages": {stage: eval.json}}}, "evidence": {name: {control: its JSON}}, "earlier":
+    what other commands have measured}."""
     runs, evidence = {}, {}
     here = [name for name in RUNS if os.path.exists(os.path.join(folder(name), "made.json"))]
     for name in RUNS:
@@ -126,8 +127,7 @@ def gather(known):
     first = next(iter(RUNS))
     return {"earlier": known["earlier"], "runs": runs, "evidence": evidence,
             "seen": seen(folder(first)) if first in here else known["seen"],
-            "about": {"cpu": cpu_name(), "torch": torch.__version__,
-                      "python": platform.python_version()}}
+            "about": known["about"]}
 
 
 def seen(where):
@@ -208,7 +208,7 @@ def blocks(results):
     head, *rows = claims(results)
     out = {"hardware": made_on(results), "claims": table(head, rows),
            "verdicts": missed(rows),
-           "stages": stages_table(named(runs, "all tasks").values()),
+           "stages": stages_table(named(runs, "all tasks")),
            "now": now_table(named(runs, "seed")),
            "distillation": distillation_table(named(runs, "all tasks").values()),
            "recipe": recipe_table(named(runs, "all tasks").values())}
@@ -238,14 +238,18 @@ def with_seeds(names):
 
 
 def made_on(results):
-    about, by_commit = results["about"], {}
+    about, by_commit, by_cpu = results["about"], {}, {}
     for name, run in results["runs"].items():
+        for cpu in {made.get("cpu", about["cpu"]) for made in run["made"].values()}:
+            by_cpu.setdefault(cpu, []).append(name)
         for commit in dict.fromkeys(made["commit"] for made in run["made"].values()):
             kinds = by_commit.setdefault(commit, {})
             kinds.setdefault(name.split("seed")[0], []).append(name)
     said = "; ".join(f"{commit} ({', '.join(map(with_seeds, kinds.values()))})"
                      for commit, kinds in by_commit.items())
-    return (f"an {about['cpu']}, one thread per run, torch {about['torch']}, fp32, commits "
+    others = "".join(f", {cpu} ({with_seeds(names)})" for cpu, names in by_cpu.items()
+                     if cpu != about["cpu"])
+    return (f"an {about['cpu']}{others}, one thread per run, torch {about['torch']}, fp32, commits "
             f"{said}")
 
 
@@ -256,10 +260,11 @@ def stages_table(runs):
                 ("unsafe declined", "unsafe", "pass@1")]
     rows = []
     for stage in STAGES:
-        found = [stages[stage] for stages in runs if stage in stages]
+        found = {name.split("seed ")[1]: stages[stage] for name, stages in runs.items()
+                 if stage in stages}
         if found:
-            cells = [span([of[task][key] for of in found]) for _, task, key in columns]
-            rows.append([f"`{stage}`", str(len(found)), *cells])
+            cells = [span([of[task][key] for of in found.values()]) for _, task, key in columns]
+            rows.append([f"`{stage}`", ", ".join(found), *cells])
     return table(["%", "seeds", *[heading for heading, *_ in columns]], rows)
 
 
@@ -334,13 +339,15 @@ def verdict(holds):
 
 
 def missed(rows):
-    """How many claims hold in each of their runs, and a table of those that do not."""
+    """How many claims hold in each of their runs, and a table of those that do not, without what
+    their words go on to say after a colon."""
     others = []
     for claim, _, _, holds in rows:
         if holds != "yes":
             where, seeds = re.search(r"no\*\*(:.*)? \(fails in (.*)\)", holds).groups()
-            others.append([claim, f"{seeds} seeds{where or ''}"])
-    held = f"{len(rows) - len(others)} of the {len(rows)} claims hold in every seed. These do not:"
+            others.append([claim.split(": ")[0], f"{seeds} seeds{where or ''}"])
+    held = (f"{len(rows) - len(others)} of the {len(rows)} claims hold in each seed that they were "
+            f"run in, three or five. These do not:")
     return f"{held}\n\n{table(['claim', 'fails in'], others)}"
 
 
@@ -428,7 +435,8 @@ def claims(results):
          f"{four(of, 'base', 'pass@1_untagged')}, zero {four(of, 'zero')} %",
          lambda s: all(gains(s, task) for task in data.REASONING)],
         ["RL on arithmetic, logic and code helps countdown, which the base has read of and RL "
-         "never draws: pass@1, tags left aside, is 1.5 times the base's or more", three,
+         "never draws (but sums of the same numbers): pass@1, tags left aside, is 1.5 times the "
+         "base's or more", three,
          lambda of: f"{get(of, 'base', 'pass@1_untagged')} → "
          f"{get(of, 'zero', 'pass@1_untagged')} %",
          lambda s: main(s, "zero", "pass@1_untagged") >= 1.5 * main(s, "base", "pass@1_untagged")],
@@ -561,7 +569,8 @@ def ends(key, curve):
 EVIDENCE = [  # command, claim, its figures, its check of a run and task: as strong as the words
     ("shuffle", "rewards shuffled within each group, for as many steps: no more is right than in "
      "the base, with tags or without",
-     both(change("shuffled"), "tags left aside", change("shuffled", "pass@1_untagged")),
+     both(both(change("shuffled"), "tags left aside", change("shuffled", "pass@1_untagged")),
+          "length, which shows nothing by itself,", change("shuffled", "length", whole)),
      lambda run, t: as_long(run) and all(run["shuffled"][t][key] <= run["base"][t][key]
                                          for key in ("pass@1", "pass@1_untagged"))),
     ("alone", "format reward alone: tags in 95 % or more, and right answers, tags left aside, fall "
@@ -584,9 +593,9 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
     ("passk", "pass@1 of zero, tags demanded, is above pass@16 of its base, tags left aside",
      best_of,
      lambda run, t: operator.gt(*one_and_best(run, t))),
-    ("budget", "thinking is used: closed by force after 8, 16, 32, ... tokens, and at last 340, "
-     "pass@1 rises from each limit to the next, or falls by a point at most; over all by 80 or "
-     "more (the figures are means)",
+    ("budget", "the answer comes from the search: closed by force after 8, 16, 32, ... tokens, and "
+     "at last 340, before many have hit, pass@1 rises from each limit to the next, or falls by a "
+     "point at most; over all by 80 or more (the figures are means)",
      points_of("budget", "zero"),
      lambda run, t: rises(run["budget"][t]["zero"].values(), 0.01, 0.8)),
     ("steps", "held-out pass@1, asked every 20 RL steps, rises by 75 points or more in all, and "
