@@ -23,7 +23,7 @@ So sample, and push each sample's log-probs up in proportion to its reward. Any 
 not depend on the sample may be subtracted from the reward: E[b grad log pi] = b grad sum_o pi(o) =
 b grad 1 = 0, so the expected gradient stays, and choosing b near the mean reward lowers its
 variance. PPO, the usual algorithm before GRPO, trains a second network to predict that mean; GRPO
-takes the mean of the group.
+takes the mean of the group (which includes r itself: see below).
 
 For every problem q sample o_1 ... o_G from the policy, and reward them with r_1 ... r_G. pi_old is
 the policy that sampled, and stays as it was while pi is trained. All tokens o_t of a completion
@@ -115,11 +115,14 @@ class GRPOConfig:
     max_grad_norm: float = opt(1.0, "gradients are clipped to this norm", above=0)
 
     def rules(self):
-        """Raises UserError if a rollout cannot be split into so many minibatches."""
+        """Raises UserError if a rollout cannot be split into so many minibatches, or there is no
+        reference to renew."""
         samples = self.prompts_per_step * self.group_size
         if self.minibatches > samples:
             raise UserError(f"minibatches={self.minibatches} is more than a step's completions, "
                             f"{samples}")
+        if self.ref_every and not self.kl_coef:
+            raise UserError(f"ref_every={self.ref_every}: with kl_coef=0 there is no reference")
 
 
 @dataclass
@@ -192,7 +195,8 @@ def train_grpo(policy, ref, env, run, cfg):
         now = time.time()
         run.seconds += now - t0
         log_step(run, step + 1, sampled, update, now - t0, now - update_t0, cfg)
-        renewed = ref if cfg.ref_every else None  # else it is the model that RL began with
+        # Saved only if it changes: else a resumed run loads the model that RL began with.
+        renewed = ref if cfg.ref_every else None
         run.end_step(step + 1, cfg.rl_steps, policy, optimizers, renewed)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.rl_steps:
             sync_weights(sampler, policy)
@@ -243,9 +247,9 @@ def optimiser_step(policy, ref, optimizers, batch, cfg):
     batch = [sample for sample in batch if not (cfg.mask_truncated and sample.truncated)]
     batch.sort(key=len, reverse=True)  # rows of like length together: little padding
     n_tokens = torch.tensor([len(sample.ids) for sample in batch])
-    # The weights come before anything else is taken out. Equation (5) averages over the whole
-    # batch: its micro-batches' gradients have to add up to that of the batch, and a completion
-    # whose advantage is 0 counts there even if it is left out because it has no gradient.
+    # Weights first, filtering after. Equation (5) divides by all completions, also by those left
+    # out below because an advantage of 0 gives no gradient; and the gradients of micro-batches
+    # have to add up to that of the batch.
     weights = token_weights(n_tokens, N, cfg)
     if cfg.skip_equal or ref is None:
         kept = [i for i, sample in enumerate(batch) if sample.adv]
@@ -274,8 +278,8 @@ def optimiser_step(policy, ref, optimizers, batch, cfg):
 
 
 def micro_batches(samples, micro_tokens):
-    """Slices of `samples`, of which the first is the longest, of at most so many tokens, padding
-    included, but one sample at least."""
+    """Slices of `samples`, which are sorted, longest first: each of one sample, or of several with
+    at most micro_tokens tokens, padding included."""
     i = 0
     while i < len(samples):
         n = max(1, micro_tokens // len(samples[i]))
@@ -299,7 +303,8 @@ def collate(samples, device):
 
 def token_weights(n_tokens, N, cfg):
     """The weight in the loss of one token of each completion: lengths (n,) of the completions of an
-    optimiser step -> (n,), float64. `N` also counts those that `mask_truncated` left out."""
+    optimiser step -> (n,), float64. `N` also counts those that `mask_truncated` left out; "token"
+    divides by the tokens that are left."""
     n_tokens = n_tokens.double()
     if cfg.loss_norm == "token":
         return torch.ones_like(n_tokens) / n_tokens.sum().clamp(min=1)

@@ -453,15 +453,15 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     # from its own prompt; the columns between a short prompt's end and L stay hidden
     use_graphs = device.type == "cuda" if static is None else static
     decoder = StaticDecoder(model, caches) if use_graphs else None
-    visible = None
+    visible = None  # all columns are
     if decoder or min(lens) < L:
         columns = torch.arange(L + max_new_tokens, device=device)
         visible = ((columns < prompt_lens[:, None]) | (columns >= L))[:, None, None]
     stop = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
     new = torch.zeros(N, max_new_tokens, device=device, dtype=torch.long)
     new_logp = torch.zeros(N, max_new_tokens, device=device)
-    rows = torch.arange(N, device=device)  # the rows still being decoded, and which of them ended
-    stopped = torch.zeros(N, device=device, dtype=torch.bool)
+    rows = torch.arange(N, device=device)  # those still being decoded
+    stopped = torch.zeros(N, device=device, dtype=torch.bool)  # which of these have ended
     for t in range(max_new_tokens):
         token, logp = sample_token(logits, temperature, u[t, rows])
         new[rows, t], new_logp[rows, t] = token, logp
@@ -569,8 +569,8 @@ def merged_state(model):
 
 
 def token_logps(model, tokens, temperature=1.0, mask=None, chunk_floats=2**24):
-    """log p(tokens[:, t+1] | tokens[:, :t+1]) at `temperature`: tokens (N, T) -> (N, T-1), fp32; 0
-    where `mask` (N, T-1) is False. At most `chunk_floats` logits exist at a time: the backward pass
+    """log p(tokens[:, t+1] | tokens[:, :t+1]) at `temperature`: tokens (N, T + 1) -> (N, T), fp32;
+    0 where `mask` (N, T) is False. At most `chunk_floats` logits exist at a time: the backward pass
     computes them again."""
     h, target = model.hidden(tokens[:, :-1]), tokens[:, 1:]
     mask = torch.ones_like(target, dtype=torch.bool) if mask is None else mask.bool()

@@ -56,7 +56,8 @@ from rewards import RewardConfig, RewardModel
 @dataclass
 class SampleConfig:
     out_dir: str = opt("out", "folder that everything is written to")
-    seed: int = opt(1, "every random choice follows from it", least=0, most=2**63 - 1)
+    seed: int = opt(1, "every random choice follows from it, but those of evaluations, which are "
+                    "the same for all", least=0, most=2**63 - 1)
     device: str = opt("auto", "cpu, cuda, cuda:1, or auto: cuda where there is one")
     threads: int = opt(0, "CPU threads; 0 = one per core", least=0, most=1024)
     matmul: str = opt("auto", "what multiplies matrices on a CPU; auto: the faster one here",
@@ -461,7 +462,7 @@ class AskConfig:
     n: int = opt(4, "held-out problems to show; samples of your own one, and with --to of each",
                  least=1)
     to: str = opt("", "JSONL file for prompts and whole completions, which `train.py sft` reads")
-    problems: int = opt(400, "training problems to sample with --to, at most", least=1)
+    problems: int = opt(0, "training problems to sample with --to, at most; 0 = 400", least=0)
     only_right: bool = opt(False, "with --to: keep right samples only (rejection sampling)")
     temperature: float = opt(1.0, "0 takes the likeliest token", least=0)
     max_new_tokens: int = opt(0, "longest completion, in tokens; 0 = as in training", least=0)
@@ -475,8 +476,9 @@ class AskConfig:
             raise UserError("--numbers and --target, which is 0 or more, go together")
         if self.question and self.numbers:
             raise UserError("--question and --numbers are two problems: leave out one of them")
-        if self.only_right and not self.to:
-            raise UserError("--only_right needs --to=FILE.jsonl")
+        for name, is_set in (("only_right", self.only_right), ("problems", self.problems)):
+            if is_set and not self.to:
+                raise UserError(f"--{name} needs --to=FILE.jsonl")
         if self.to and (self.question or self.numbers or self.vs):
             raise UserError("--to writes answers to training problems: leave out --question, "
                             "--numbers and --vs")
@@ -556,8 +558,9 @@ def write_traces(args, given):
         raise UserError(f"--to={args.to} is a folder: name a file")
     path, model, tok, cfg = open_checkpoint(given)
     rng, generator = generators(args.seed, "traces")
-    drawn = [data.draw_problem(cfg.data, rng) for _ in range(20 * args.problems)]
-    problems = list({problem.key: problem for problem in drawn}.values())[:args.problems]
+    n = args.problems or 400
+    drawn = [data.draw_problem(cfg.data, rng) for _ in range(20 * n)]
+    problems = list({problem.key: problem for problem in drawn}.values())[:n]
     answers = sample_answers(for_sampling(model, cfg.sample), tok, problems, args.n, cfg,
                              args.temperature, generator, "sample")
     kept = [(problem, text) for problem, text, completion in answers

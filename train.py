@@ -140,6 +140,9 @@ def stage_config(stage, given, tok):
     """A stage's Config: defaults < its task's, or a real model's < the stage's < the command line,
     `given`. Raises UserError on bad values."""
     folder = given.get("init_from", "")
+    if given.get("data") and given.get("task", "file") != "file":
+        raise UserError(f"--data={given['data']} and --task={given['task']} are two tasks: leave "
+                        f"out one of them")
     defaults = REAL_DEFAULTS if folder else TASK_DEFAULTS.get(given.get("task"), {})
     if folder and given.get("lora_rank"):
         defaults = REAL_DEFAULTS | LORA_DEFAULTS
@@ -238,11 +241,11 @@ INHERITED = [*BASE, *names(DataConfig, "eval_problems", "mix", *CORPUS), "base",
 SFT = [*INHERITED, "mix", "source_problems", "source_samples", "max_new_tokens", "temperature",
        "sft_steps", "sft_lr", "sft_rows"]
 RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
-    "base": BASE,
+    "base": [*BASE, "autocast"],
     "rl": [*INHERITED, "mix", *names(RewardConfig),
            *names(GRPOConfig, "rl_steps", "eval_every", "micro_tokens"), "autocast", "ref_dtype"],
-    "sft": [*SFT, "general_replies"],
-    "pairs": [*SFT, "label_noise"],
+    "sft": [*SFT, "general_replies", "autocast"],
+    "pairs": [*SFT, "label_noise", "autocast"],
 }
 FILES = ("init_from", "base", "data", "eval_data", "traces")
 
@@ -317,7 +320,11 @@ class Run:
         before, now = then.get("sample_dtype"), cfg.sample.sample_dtype
         if before and before != now:
             print(f"{name}: has sampled in {before}, and now does in {now}")
-        sample.set_up_cpu(cfg.sample, then.get("matmul", "auto"))
+        before, now = then.get("matmul", "auto"), cfg.sample.matmul
+        if "auto" not in (before, now) and before != now and self.saved["step"] < self.steps:
+            raise UserError(f"{self.dir} was trained with matmul={before}, which rounds otherwise "
+                            f"than {now}: leave out --matmul or choose another --out_dir")
+        sample.set_up_cpu(cfg.sample, before)
 
     def path(self, file):
         return os.path.join(self.dir, file)
@@ -494,6 +501,12 @@ def train_base(run):
     if not set(cfg.data.tasks()) <= set(known):
         raise UserError(f"the corpus is about {', '.join(known)}; {cfg.data.task} is not among "
                         f"them")
+    rng, _ = generators(run.seed, run.name, "lengths")
+    lengths = [len(run.tok.encode("".join(data.document(cfg.data, rng)))) for _ in range(300)]
+    too_long = sum(length > cfg.train.base_length for length in lengths) / len(lengths)
+    if too_long > 0.01:
+        print(f"{run.name}: {too_long:.0%} of the documents, the most patient ones, do not fit "
+              f"base_length={cfg.train.base_length} and are left out")
     torch.manual_seed(run.seed)
     model = GPT(cfg.model).to(run.device)
 
@@ -718,7 +731,7 @@ class Stage:
     train: callable  # (run): trains, and saves as it goes
     kind: str        # base, rl, sft or pairs: a key of RESUME_KEYS
     parent: str      # the stage whose checkpoint it starts from
-    source: str      # the stage whose samples, or whose scores, it learns from
+    source: str      # the stage whose samples it learns from; of r1, the reward model
     settings: dict   # its own defaults
 
 
@@ -729,7 +742,7 @@ ALL_SCENARIOS = {"mix": "task:2,chat:1,unsafe:1", "w_language": 0.5, "w_preferen
 STAGES = {  # in the paper's order: whatever a stage needs is above it. Figures found by trial
     "base": Stage(train_base, "base", None, None, {}),
     "sft": Stage(train_traces, "sft", "base", None, {}),
-    "zero": Stage(train_rl, "rl", "base", None, {}),
+    "zero": Stage(train_rl, "rl", "base", None, {}),  # RewardConfig's own: accuracy, format
     "dev1": Stage(train_dev1, "sft", "base", "zero", {}),
     "dev2": Stage(train_rl, "rl", "dev1", None, {"w_language": 0.5, **SHORT_RL}),
     "dev3": Stage(train_dev3, "sft", "base", "dev2", {
@@ -817,7 +830,8 @@ def run_stage(name, given, asked=True, earlier=None):
                             f"choose another --out_dir")
         of = origin(base or run.cfg.sample.init_from, run.ended, run.cfg)
         then = load_checkpoint(base).get("settings", {}) if base else {}
-        if base and all(then.get(key) == run.cfg.settings()[key] for key in ASKED):
+        if base and all(then.get(key) == run.cfg.settings()[key]
+                        for key in ("task", "mix", "eval_problems", "eval_samples", *ASKED)):
             # What is known of it, in its own folder: it was asked in the same way.
             write_json(run.path("eval.json"), read_results(run.dir) | {
                 task: {**found, "of": of} for task, found
@@ -840,15 +854,16 @@ def run_stage(name, given, asked=True, earlier=None):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
         plot_curves(run.dir)
     found = read_results(run.dir).get(result, {})
-    asked = is_rm or "pass@1_greedy" in found  # else perhaps in passing
-    if not found or not asked or of and found.get("of") != of:
+    # Else perhaps in passing, or by `eval`, with other settings.
+    in_full = is_rm or "pass@1_greedy" in found and "otherwise" not in found
+    if not found or not in_full or of and found.get("of") != of:
         model = run.load(name, RewardModel if is_rm else GPT)  # as saved: adapters are merged
         if is_rm:
             evaluate_reward_model(run, model)
         else:
             sample.evaluate_tasks(model, run.tok, run.to_ask(name), run.dir)
             if of:
-                mark(run.dir, run.cfg.data.tasks(), of)
+                mark(run.dir, run.cfg.data.tasks(), of=of)
     return run
 
 
@@ -862,10 +877,11 @@ def origin(path, ended, cfg):
     return f"{zlib.crc32(repr([os.path.realpath(path), ended, asked]).encode()):08x}"
 
 
-def mark(folder, tasks, of):
-    """Writes down of which base the results of `tasks` in FOLDER/eval.json are."""
+def mark(folder, tasks, **notes):
+    """Writes down of which base the results of `tasks` in FOLDER/eval.json are (`of`), or with
+    which settings, other than in training, these were asked (`otherwise`)."""
     results = read_results(folder)
-    results |= {task: {**results[task], "of": of} for task in tasks}
+    results |= {task: {**results[task], **notes} for task in tasks}
     write_json(os.path.join(folder, "eval.json"), results)
 
 
@@ -1041,7 +1057,12 @@ def run_eval(given):
         raise UserError(f"{folder} holds a base that was trained here: choose another --out_dir")
     sample.evaluate_tasks(model, tok, cfg, folder)
     if is_folder:
-        mark(folder, cfg.data.tasks(), origin(path, 0.0, cfg))
+        mark(folder, cfg.data.tasks(), of=origin(path, 0.0, cfg))
+    else:
+        now, then = cfg.settings(), load_checkpoint(path).get("settings", {})
+        otherwise = {key: now[key] for key in ASKED if now[key] != then.get(key, now[key])}
+        if otherwise:  # the run it is of will ask again
+            mark(folder, cfg.data.tasks(), otherwise=otherwise)
     print_tables({folder or path: read_results(folder)}, cfg.data.tasks())
 
 
@@ -1119,6 +1140,8 @@ def run_command_line(words, given):
     with sample.one_line_errors("train.py", given.get("out_dir", SampleConfig.out_dir)):
         if words[0] in COMMANDS:
             return COMMANDS[words[0]](given)
+        if given.get("ckpt"):
+            raise UserError("--ckpt is for `eval` and `export`; to train on from a base: --base")
         stages = resolve_dependencies(words, given)
         check_stages(stages, given)
         if given.get("init_from"):

@@ -569,6 +569,7 @@ def test_right_completions_become_traces(finished, tmp_path, monkeypatch, capsys
     assert "left as it is" in refusal(sample.main, [ckpt, *flags, "--only_right"], capsys)
     assert path.read_bytes() == kept
     assert "--to" in refusal(sample.main, [ckpt, "--only_right"], capsys)
+    assert "--problems needs --to" in refusal(sample.main, [ckpt, "--problems=9"], capsys)
     argv = ["--question=why?", "--numbers=3,7,2", "--target=20"]
     assert "two problems" in refusal(sample.main, argv, capsys)
 

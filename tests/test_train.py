@@ -513,6 +513,44 @@ def test_an_evaluation_in_passing_replaces_no_fuller_one_and_does_not_count_as_o
     assert of_countdown[0] == of_countdown[1] != []
 
 
+def test_what_eval_has_asked_otherwise_is_asked_again_as_the_run_does(finished, tmp_path):
+    for stage in ("base", "zero"):
+        shutil.copytree(finished / stage, tmp_path / stage)
+    before, ckpt = results(tmp_path / "zero"), f"--ckpt={tmp_path}/zero/ckpt.pt"
+    run(tmp_path, "eval", ckpt, "--max_number=20", tiny=[])
+    assert results(tmp_path / "zero")["countdown"]["otherwise"] == {"max_number": 20}
+    run(tmp_path)
+    assert results(tmp_path / "zero") == before
+
+
+def test_flags_that_would_do_nothing_are_refused(finished, tmp_path, capsys):
+    assert "--base" in refusal(train.main, [*ZERO, "zero", "--ckpt=theirs.pt"], capsys)
+    (tmp_path / "d.jsonl").write_text('{"question": "?", "answer": "1"}\n')
+    argv = [*REAL, f"--data={tmp_path / 'd.jsonl'}", "--task=logic", f"--out_dir={tmp_path}"]
+    assert "two tasks" in refusal(train.main, argv, capsys)
+
+
+def test_a_run_that_goes_on_rounds_as_before(finished, tmp_path, capsys):
+    shutil.copytree(finished / "base", tmp_path / "base")
+    state = load_checkpoint(tmp_path / "base" / "ckpt.pt")
+    then = state["settings"]["matmul"]
+    other = {"torch": "onednn", "onednn": "torch"}[then]
+    argv = [*ZERO, "base", f"--out_dir={tmp_path}", f"--matmul={other}"]
+    train.main(argv)  # it is finished
+    state["step"] -= 1
+    save_checkpoint(str(tmp_path / "base" / "ckpt.pt"), state)
+    assert f"matmul={then}, which rounds otherwise" in refusal(train.main, argv, capsys)
+    argv = [*ZERO, "base", f"--out_dir={tmp_path}", "--autocast=on"]
+    assert "autocast=auto, not on" in refusal(train.main, argv, capsys)
+
+
+def test_a_base_whose_rows_have_no_room_for_the_patient_says_so(tmp_path, capsys):
+    run(tmp_path / "short", "base")  # of 100 tokens
+    assert "do not fit base_length=100 and are left out" in capsys.readouterr().out
+    run(tmp_path / "long", "base", tiny=[*ZERO, "--context=512", "--base_length=352"])
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_a_base_with_another_tokenizer_is_refused(finished, tmp_path, capsys):
     state = load_checkpoint(finished / "base" / "ckpt.pt")
     state["settings"]["init_from"] = "SmolLM2"
