@@ -11,6 +11,7 @@ from test_train import read, refusal, results, run, weights
 
 import data
 import rewards
+import sample
 from grpo import Sample
 from model import Completion, Linear, generators, load_checkpoint
 
@@ -106,6 +107,25 @@ def test_pass_at_k_rises_with_k_and_begins_with_the_mean(finished, monkeypatch):
             f"zero from k = {k} on, and ends at 100.0 % (k = 16)", verdict]
         assert best[2:] == ["pass@16 of base 100.0, pass@1 of zero 90.0 %",
                             "**no**: a (fails in 1 of 1)"]
+
+
+def test_cooler_samples_are_those_of_an_evaluation_at_that_temperature(finished, monkeypatch):
+    asked, evaluate = [], sample.evaluate
+
+    def noted(model, tok, problems, k, cfg, temperature):
+        asked.append(temperature)
+        return evaluate(model, tok, problems, k, cfg, temperature)
+
+    monkeypatch.setattr(sample, "evaluate", noted)
+    report = found(finished, "cooler", "--samples=2")
+    assert asked == 2 * [0.05, 0.1, 0.3, 0.6, 1.0]
+    curves = report["cooler"]["countdown"]
+    assert list(curves) == ["base", "base, tags left aside", "zero"]
+    curves = {"base": {"0.05": 0.0, "1.0": 0.1}, "zero": {"0.05": 1.0, "1.0": 0.9},
+              "base, tags left aside": {"0.05": 0.95, "1.0": 0.4}}
+    likely, more = evidence_rows([{"cooler": {"tasks": ["a"], "cooler": {"a": curves}}}])
+    assert likely[2:] == ["40.0 → 95.0 %, tags demanded 10.0 → 0.0 %", "yes"]
+    assert more[2:] == ["zero 90.0, base 95.0 %", "**no**: a (fails in 1 of 1)"]
 
 
 def answered(text, truncated=False):

@@ -4,6 +4,7 @@
     python tests/bench/evidence.py alone --out_dir=out1     # one reward alone; no division
     python tests/bench/evidence.py passk --out_dir=out1     # pass@k of base and zero
     python tests/bench/evidence.py budget --out_dir=out1    # thinking cut short; majority votes
+    python tests/bench/evidence.py cooler --out_dir=out1    # base and zero at lower temperatures
     python tests/bench/evidence.py steps --out_dir=out1     # accuracy and length over the RL steps
     python tests/bench/evidence.py unread --out_dir=out-all # a small base without patient authors
     python tests/bench/evidence.py draw --to=assets         # pictures of all of assets/results.json
@@ -47,8 +48,9 @@ from model import (  # noqa: E402
 @dataclass
 class EvidenceConfig:
     to: str = opt("", "JSON file to write; none = out_dir/evidence/COMMAND.json. For draw a folder")
-    problems: int = opt(200, "held-out problems of each task, for passk and budget", least=1)
-    samples: int = opt(0, "samples of each; 0 = 256 for passk, 16 for budget", least=0)
+    problems: int = opt(200, "held-out problems of each task, for passk, budget and cooler",
+                        least=1)
+    samples: int = opt(0, "samples of each; 0 = 256 for passk, else 16", least=0)
     every: int = opt(20, "RL steps between the evaluations of `steps`", least=1)
 
 
@@ -194,6 +196,24 @@ def passk(args, given, path):
     return found
 
 
+def cooler(args, given, path):
+    """pass@1 of base and zero by the temperature of sampling: what do likelier answers bring that
+    need no RL?"""
+    (tok, cfg, models), k = open_run(given, ("base", "zero")), args.samples or 16
+    found = {"tasks": list(cfg.data.tasks()), "samples": k, "cooler": {}}
+    for task in found["tasks"]:
+        problems, curves = data.eval_problems(cfg.data, args.problems, task), {}
+        for stage, model in models.items():
+            for temperature in (0.05, 0.1, 0.3, 0.6, 1.0):
+                metrics, _ = sample.evaluate(model, tok, problems, k, cfg, temperature)
+                curves.setdefault(stage, {})[temperature] = metrics["pass@1"]
+                curves.setdefault(f"{stage}, tags left aside", {})[temperature] = metrics[
+                    "pass@1_untagged"]
+        del curves["zero, tags left aside"]  # next to zero's own
+        found["cooler"][task] = curves
+    return found
+
+
 def think_within(model, tok, answers, budget, cfg, generator):
     """What `sample_answers` returned, had thinking been closed by force after `budget` tokens and
     the model then answered -> for each the text, the tokens of thinking, whether it was closed."""
@@ -302,6 +322,7 @@ PICTURES = {  # command: {what is drawn, a row each: (title, label of the x axis
     "passk": {"pass@k": ("pass@k, %", "samples k", True)},
     "budget": {"budget": ("right, %", "thinking tokens allowed", True),
                "cons@k": ("majority right, %", "votes k", True)},
+    "cooler": {"cooler": ("right, %", "temperature of sampling", True)},
     "steps": {"accuracy": ("right, %", "GRPO step", False),
               "length": ("tokens", "GRPO step", False)}}
 
@@ -324,14 +345,14 @@ def draw(name, runs, path):
                 xs = [x for x in found[0] if all(x in points for points in found)]
                 scale = 1 if key == "length" else 100
                 ys = [[scale * points[x] for x in xs] for points in found]
-                ticks = [int(x) for x in xs]
+                ticks = [float(x) for x in xs]
                 for y in ys if len(ys) > 1 else ():
                     axis.plot(ticks, y, f"C{i}", linewidth=0.7, alpha=0.5)
                 mean = [sum(y) / len(y) for y in zip(*ys, strict=True)]
                 axis.plot(ticks, mean, f"C{i}.-", linewidth=1.8, label=curve)
             if log:
                 axis.set_xscale("log", base=2)
-                axis.set_xticks(ticks[::2], ticks[::2])
+                axis.set_xticks(ticks[::2], [f"{x:g}" for x in ticks[::2]])
             axis.tick_params(labelsize=9)
             axis.set_xlabel(label, fontsize=9)
             axis.set_ylim(0, None if key == "length" else 103)
@@ -347,7 +368,7 @@ def draw(name, runs, path):
 
 COMMANDS = {"shuffle": partial(run_controls, ["shuffled"]),
             "alone": partial(run_controls, ["format_alone", "accuracy_alone", "undivided"]),
-            "passk": passk, "budget": budget, "steps": steps, "unread": unread}
+            "passk": passk, "budget": budget, "cooler": cooler, "steps": steps, "unread": unread}
 
 
 def read_runs(folders):

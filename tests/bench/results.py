@@ -42,7 +42,8 @@ for seed in SEEDS:
             f"python train.py zero_emoji --base=out{seed}/base/ckpt.pt --eval_every=0 {end}"
             f"out-emoji{n}"]
         CONTROLS[f"controls, seed {seed}"] = [control(name, "out", seed) for name in (
-            "shuffle", "alone", "passk --problems=100 --samples=128", "budget --problems=100")]
+            "shuffle", "alone", "passk --problems=100 --samples=128", "budget --problems=100",
+            "cooler --problems=100")]
     if seed in SMALL:
         parts.append("distill small_zero")
         OF_A_BASE[f"three tasks, seed {seed}"] = [  # RL on them; countdown is evaluated as well
@@ -240,14 +241,16 @@ def with_seeds(names):
 def made_on(results):
     about, by_commit, by_cpu = results["about"], {}, {}
     for name, run in results["runs"].items():
-        for cpu in {made.get("cpu", about["cpu"]) for made in run["made"].values()}:
-            by_cpu.setdefault(cpu, []).append(name)
+        for command, made in run["made"].items():
+            control = re.search(r"evidence.py (\w+)", command)
+            label = f"{control[1]}, {name}" if control else name
+            by_cpu.setdefault(made.get("cpu", about["cpu"]), {})[label] = True
         for commit in dict.fromkeys(made["commit"] for made in run["made"].values()):
             kinds = by_commit.setdefault(commit, {})
             kinds.setdefault(name.split("seed")[0], []).append(name)
     said = "; ".join(f"{commit} ({', '.join(map(with_seeds, kinds.values()))})"
                      for commit, kinds in by_commit.items())
-    others = "".join(f", {cpu} ({with_seeds(names)})" for cpu, names in by_cpu.items()
+    others = "".join(f", or {cpu} ({with_seeds(names)})" for cpu, names in by_cpu.items()
                      if cpu != about["cpu"])
     return (f"an {about['cpu']}{others}, one thread per run, torch {about['torch']}, fp32, commits "
             f"{said}")
@@ -566,6 +569,14 @@ def ends(key, curve):
     return figures
 
 
+def curve_ends(curve):
+    """Shows what a curve over temperatures has at 1 and at the lowest, 0.05."""
+    def figures(runs, task):
+        found = [[run["cooler"][task][curve][T] for run in runs] for T in ("1.0", "0.05")]
+        return " → ".join(map(by_seed, found)) + " %"
+    return figures
+
+
 EVIDENCE = [  # command, claim, its figures, its check of a run and task: as strong as the words
     ("shuffle", "rewards shuffled within each group, for as many steps: no more is right than in "
      "the base, with tags or without",
@@ -598,6 +609,16 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
      "point at most; over all by 80 or more (the figures are means)",
      points_of("budget", "zero"),
      lambda run, t: rises(run["budget"][t]["zero"].values(), 0.01, 0.8)),
+    ("cooler", "*much of the skill is in the base's likeliest continuations*: sampled at T = 0.05, "
+     "tags left aside, it is right in 80 % or more (threshold set after seed 1)",
+     both(curve_ends("base, tags left aside"), "tags demanded", curve_ends("base")),
+     lambda run, t: run["cooler"][t]["base, tags left aside"]["0.05"] >= 0.8),
+    ("cooler", "what RL adds is more than a lower temperature: at T = 1 zero, tags demanded, is "
+     "right more often than the base at any temperature, tags left aside",
+     lambda runs, t: f"""zero {by_seed([run["cooler"][t]["zero"]["1.0"] for run in runs])}, base """
+     f"""{by_seed([max(run["cooler"][t]["base, tags left aside"].values()) for run in runs])} %""",
+     lambda run, t: run["cooler"][t]["zero"]["1.0"]
+     > max(run["cooler"][t]["base, tags left aside"].values())),
     ("steps", "held-out pass@1, asked every 20 RL steps, rises by 75 points or more in all, and "
      "falls by at most 3 from one evaluation to the next",
      ends("accuracy", "pass@1"),
