@@ -263,11 +263,14 @@ def stages_table(runs):
                 ("unsafe declined", "unsafe", "pass@1")]
     rows = []
     for stage in STAGES:
-        found = {name.split("seed ")[1]: stages[stage] for name, stages in runs.items()
+        found = {int(name.split("seed ")[1]): stages[stage] for name, stages in runs.items()
                  if stage in stages}
         if found:
+            seeds = sorted(found)
+            in_a_row = seeds == list(range(seeds[0], seeds[-1] + 1))
+            which = f"{seeds[0]}–{seeds[-1]}" if in_a_row else ", ".join(map(str, seeds))
             cells = [span([of[task][key] for of in found.values()]) for _, task, key in columns]
-            rows.append([f"`{stage}`", ", ".join(found), *cells])
+            rows.append([f"`{stage}`", which, *cells])
     return table(["%", "seeds", *[heading for heading, *_ in columns]], rows)
 
 
