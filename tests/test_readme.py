@@ -90,6 +90,12 @@ def test_the_figures_in_the_readmes_prose_are_in_the_results_file():
             for name in found["runs"] if name.startswith("all tasks")]
     falls = sorted(round(100 * (before - after), 1) for before, after in chat)
     assert f"by {falls[0]} to {falls[-1]} points in all {len(falls)} seeds" in prose
+    cooler = [of["cooler"]["cooler"]["countdown"] for of in found["evidence"].values()
+              if "cooler" in of]
+    for curve, temperature in (("base, tags left aside", "1.0"), ("base, tags left aside", "0.05"),
+                               ("base", "0.05"), ("zero", "1.0")):
+        shares = [curves[curve][temperature] for curves in cooler]
+        assert f"{results.span(shares)} %" in prose.split("more than sharpening")[1][:450]
     longer = [of["shuffle"]["shuffled"]["countdown"]["length"]
               >= 2 * of["shuffle"]["base"]["countdown"]["length"]
               for of in found["evidence"].values() if "shuffle" in of]
