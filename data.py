@@ -1143,7 +1143,8 @@ def main():
         print(f"{len(attempts):,} {which}: "
               + ", ".join(f"{habit} {share:.1f} %" for habit, share in shares.items()))
     print(f"who checks, and gives up after {' / '.join(map(str, solved))} misses, solves "
-          f"{' / '.join(f'{100 * n / len(every):.1f}' for n in solved.values())} % of them")
+          f"{' / '.join(f'{100 * n / len(every):.1f}' for n in solved.values())} % of such "
+          f"puzzles")
 
 
 if __name__ == "__main__":
