@@ -115,14 +115,11 @@ class GRPOConfig:
     max_grad_norm: float = opt(1.0, "gradients are clipped to this norm", above=0)
 
     def rules(self):
-        """Raises UserError if a rollout cannot be split into so many minibatches, or there is no
-        reference to renew."""
+        """Raises UserError if a rollout cannot be split into so many minibatches."""
         samples = self.prompts_per_step * self.group_size
         if self.minibatches > samples:
             raise UserError(f"minibatches={self.minibatches} is more than a step's completions, "
                             f"{samples}")
-        if self.ref_every and not self.kl_coef:
-            raise UserError(f"ref_every={self.ref_every}: with kl_coef=0 there is no reference")
 
 
 @dataclass

@@ -152,6 +152,8 @@ def stage_config(stage, given, tok):
     if cfg.train.lora_rank and cfg.grpo.ref_every:
         raise UserError(f"ref_every={cfg.grpo.ref_every}: with --lora_rank the reference is the "
                         f"model without its adapters, always")
+    if cfg.grpo.ref_every and not cfg.grpo.kl_coef:
+        raise UserError(f"ref_every={cfg.grpo.ref_every}: with kl_coef=0 there is no reference")
     if folder and cfg.train.base:
         raise UserError(f"--init_from={folder} and --base={cfg.train.base}: leave out one of them")
     split = {os.path.realpath(path) for path in (cfg.data.data, cfg.data.eval_data)}

@@ -118,13 +118,13 @@ def test_cooler_samples_are_those_of_an_evaluation_at_that_temperature(finished,
 
     monkeypatch.setattr(sample, "evaluate", noted)
     report = found(finished, "cooler", "--samples=2")
-    assert asked == 2 * [0.05, 0.1, 0.3, 0.6, 1.0]
+    assert asked == 2 * [1.0, 0.6, 0.3, 0.1, 0.05]
     curves = report["cooler"]["countdown"]
     assert list(curves) == ["base", "base, tags left aside", "zero"]
-    curves = {"base": {"0.05": 0.0, "1.0": 0.1}, "zero": {"0.05": 1.0, "1.0": 0.9},
-              "base, tags left aside": {"0.05": 0.95, "1.0": 0.4}}
+    curves = {"base": {"1.0": 0.1, "0.05": 0.0}, "zero": {"1.0": 0.9, "0.05": 1.0},
+              "base, tags left aside": {"1.0": 0.4, "0.05": 0.95}}
     likely, more = evidence_rows([{"cooler": {"tasks": ["a"], "cooler": {"a": curves}}}])
-    assert likely[2:] == ["40.0 → 95.0 %, tags demanded 10.0 → 0.0 %", "yes"]
+    assert likely[2:] == ["40.0 → 95.0, tags demanded 10.0 → 0.0", "yes"]
     assert more[2:] == ["zero 90.0, base 95.0 %", "**no**: a (fails in 1 of 1)"]
 
 

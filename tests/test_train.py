@@ -525,6 +525,8 @@ def test_what_eval_has_asked_otherwise_is_asked_again_as_the_run_does(finished, 
 
 def test_flags_that_would_do_nothing_are_refused(finished, tmp_path, capsys):
     assert "--base" in refusal(train.main, [*ZERO, "zero", "--ckpt=theirs.pt"], capsys)
+    argv = [*ZERO, "--ref_every=2", "--kl_coef=0", f"--out_dir={tmp_path}"]
+    assert "ref_every=2: with kl_coef=0" in refusal(train.main, argv, capsys)
     (tmp_path / "d.jsonl").write_text('{"question": "?", "answer": "1"}\n')
     argv = [*REAL, f"--data={tmp_path / 'd.jsonl'}", "--task=logic", f"--out_dir={tmp_path}"]
     assert "two tasks" in refusal(train.main, argv, capsys)

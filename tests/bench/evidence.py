@@ -204,7 +204,7 @@ def cooler(args, given, path):
     for task in found["tasks"]:
         problems, curves = data.eval_problems(cfg.data, args.problems, task), {}
         for stage, model in models.items():
-            for temperature in (0.05, 0.1, 0.3, 0.6, 1.0):
+            for temperature in (1.0, 0.6, 0.3, 0.1, 0.05):
                 metrics, _ = sample.evaluate(model, tok, problems, k, cfg, temperature)
                 curves.setdefault(stage, {})[temperature] = metrics["pass@1"]
                 curves.setdefault(f"{stage}, tags left aside", {})[temperature] = metrics[
