@@ -3,9 +3,10 @@
 The corpus shows problems and attempts at them as a web corpus would: with and without tags, right
 and wrong, patient and hasty, in two languages.
 
-    python data.py      # eight documents, and the habits behind 10,000 attempts at countdown
+    python data.py      # eight documents, and what habits the attempts have that the base reads
 """
 import json
+import math
 import random
 import re
 import unicodedata
@@ -69,7 +70,7 @@ class DataConfig:
             if not self.eval_data and len({problem.held_out for problem in problems}) < 2:
                 raise UserError(f"data={path}: {len(problems)} problems are too few to split")
         for name, share in self.shares().items():
-            if name not in TASKS or name == "file" and not self.data or not share:
+            if name not in TASKS or name == "file" and not self.data or not share > 0:
                 raise UserError(f"mix={self.mix!r} must be {', '.join(TASKS)} or task, with "
                                 f"shares, such as task:2,chat:1")
 
@@ -78,14 +79,14 @@ class DataConfig:
         return REASONING if self.task == "all" else (self.task,)
 
     def shares(self):
-        """{task: its share of the training problems}; 0 for what is no number."""
+        """{task: its share of the training problems}; below 0 where one is no number."""
         shares = Counter()
         for part in (self.mix or "task").split(","):
             name, _, share = part.strip().partition(":")
             number = re.fullmatch(r"\d{1,6}(\.\d{1,6})?", share or "1")
             tasks = self.tasks() if name == "task" else (name,)
             for task in tasks:
-                shares[task] += float(number[0]) / len(tasks) if number else 0.0
+                shares[task] += float(number[0]) / len(tasks) if number else -math.inf
         return dict(shares)
 
 
@@ -274,7 +275,7 @@ def combine(a, b, ops):
 def moves(numbers, ops):
     """Every way to join two of `numbers`: a list of (larger, op, smaller, result, the others)."""
     found = []
-    for op in ops:  # one after the other, so that even short attempts show every pair
+    for op in ops:  # the outer loop, so that the first few moves already show every pair
         for i, j in combinations(range(len(numbers)), 2):
             a, b = sorted((numbers[i], numbers[j]), reverse=True)
             rest = numbers[:i] + numbers[i + 1:j] + numbers[j + 1:]
@@ -544,7 +545,7 @@ def eval_problems(cfg, n, task=None):
     """Up to n distinct held-out problems of `task`, always the same; by default of cfg.tasks()."""
     rng, found, tasks = random.Random("eval"), {}, (task,) if task else cfg.tasks()
     # A small world may not hold n, and most of what is drawn in it may be no problem.
-    parts = [draws(cfg, rng, task, True, 500 * n) for task in tasks]
+    parts = [draws(cfg, rng, task, True, max(20_000, 500 * n)) for task in tasks]
     for i in range(50 * n):
         problem = next(parts[i % len(tasks)], None)
         if not problem and i < len(tasks):
@@ -553,6 +554,13 @@ def eval_problems(cfg, n, task=None):
             break
         found.setdefault(problem.key, problem)
     return list(found.values())
+
+
+def refuse_two_tasks(given):
+    """Raises UserError if the settings that were given name a file and another task."""
+    if given.get("data") and given.get("task", "file") != "file":
+        raise UserError(f"--data={given['data']} and --task={given['task']} are two tasks: leave "
+                        f"out one of them")
 
 
 def no_problem(cfg, task, held_out):
@@ -686,7 +694,7 @@ class Habits:
     chinese: float  # share of words in Chinese
     layout: str     # which tags are used: full, think, answer, none
     checks: bool    # compares results with the target, or just takes what comes
-    patience: int   # misses before giving up; who does not check has none
+    patience: int   # misses before giving up; not used by who does not check
     emoji: float = 0.0  # share of lines that end with one
 
 
@@ -720,8 +728,8 @@ def line_end(habits, rng, mark=POINT):
 
 
 def try_all(trials, habits, rng):
-    """Trials (line, its answer, or None on the way to one; whether that fits) -> (lines, answer):
-    the answer that fits, or the last one tried when patience or trials end."""
+    """`trials` are tuples (line, answer, fits); a line on the way to an answer has None -> (lines,
+    answer): the answer that fits, or the last one tried when patience or trials end."""
     lines, misses, tried = [], 0, ""
     for line, answer, fits in trials:
         if answer is None:
@@ -1094,14 +1102,17 @@ def end_tokens(folder, special):
     return tuple(dict.fromkeys(stop_ids)), pad_ids[0]
 
 
-def rows_read(cfg, tok, rng, steps):
-    """Yields the rows that so many steps of the base read, each a list of its documents' texts."""
+def documents_read(cfg, tok, rng, steps):
+    """Yields the documents that so many steps of the base read. Not the same as documents written:
+    packing leaves out short ones, whose authors do not check."""
     for _ in range(steps):
-        ids, _ = corpus_batch(cfg, tok, rng, 12, 353)  # base_rows, base_length + 1
-        for row in ids.tolist():
-            ends = [i for i, token in enumerate(row) if token == tok.end_id]
-            starts = [0, *(end + 1 for end in ends)]
-            yield [tok.decode(row[start:end]) for start, end in zip(starts, ends, strict=False)]
+        rows, _ = corpus_batch(cfg, tok, rng, 12, 353)  # base_rows, base_length + 1
+        for row in rows.tolist():
+            start = 0
+            for end, token in enumerate(row):
+                if token == tok.end_id:
+                    yield tok.decode(row[start:end])
+                    start = end + 1
 
 
 def count_habits(text, cfg):
@@ -1126,24 +1137,20 @@ def main():
     rng, cfg, tok = random.Random(0), DataConfig(), load_tokenizer()
     for _ in range(8):
         print(*document(cfg, rng), sep="", end="\n\n")
-    every, first, solved = [], [], dict.fromkeys((3, 12, 18, 30), 0)
+    attempts, solved = [], dict.fromkeys((3, 12, 18, 30), 0)
     tireless = Habits(chinese=0.0, layout="full", checks=True, patience=99)
-    for documents in rows_read(cfg, tok, rng, 200):
-        for i, found in enumerate(count_habits(text, cfg) for text in documents):
-            if found:
-                every.append(found[1])
-                first += [found[1]] * (i == 0)
-                lines, _ = write_countdown(found[0], cfg, tireless, rng)
-                misses = sum(line.endswith(WORDS["miss"][0]) for line in lines)
-                solved = {patience: n + (misses < patience) for patience, n in solved.items()}
-    for attempts, which in (every, "attempts at puzzles that can be solved"), (
-            first, "of these that begin a row"):
-        shares = {habit: 100 * sum(shown[habit] for shown in attempts) / len(attempts)
-                  for habit in attempts[0]}
-        print(f"{len(attempts):,} {which}: "
-              + ", ".join(f"{habit} {share:.1f} %" for habit, share in shares.items()))
+    for text in documents_read(cfg, tok, rng, 200):
+        if found := count_habits(text, cfg):
+            attempts.append(found[1])
+            lines, _ = write_countdown(found[0], cfg, tireless, rng)
+            misses = sum(line.endswith(WORDS["miss"][0]) for line in lines)
+            solved = {patience: n + (misses < patience) for patience, n in solved.items()}
+    shares = {habit: 100 * sum(shown[habit] for shown in attempts) / len(attempts)
+              for habit in attempts[0]}
+    print(f"{len(attempts):,} attempts at puzzles that can be solved: "
+          + ", ".join(f"{habit} {share:.1f} %" for habit, share in shares.items()))
     print(f"who checks, and gives up after {' / '.join(map(str, solved))} misses, solves "
-          f"{' / '.join(f'{100 * n / len(every):.1f}' for n in solved.values())} % of such "
+          f"{' / '.join(f'{100 * n / len(attempts):.1f}' for n in solved.values())} % of such "
           f"puzzles")
 
 

@@ -32,7 +32,7 @@ have its advantage A (o_<t: the tokens before). Then
     A     = (r - mean(r)) / std(r)                                  over the group            (1)
     rho_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)               the ratio of a token      (2)
     L_t   = -min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A)                           (3)
-    kl_t  = pi_ref/pi - log(pi_ref/pi) - 1                          "k3" of a token, >= 0     (4)
+    kl_t  = pi_ref/pi - log(pi_ref/pi) - 1, both at o_t             KL, estimated: "k3", >= 0 (4)
     loss  = mean over completions of the mean over their tokens of  L_t + beta kl_t           (5)
 
 At the first optimiser step on a rollout pi = pi_old: rho_t is 1, nothing is clipped, and since the
@@ -267,7 +267,8 @@ def optimiser_step(policy, ref, optimizers, batch, cfg):
         for name in MEANS:
             metrics[name] += share * means[name]
     # Without any advantage only the KL has a gradient. Momentum and normalisation of AdamW or Muon
-    # would still move the weights, so no step is taken (published GRPO takes it).
+    # would still move the weights, so no step is taken (published GRPO takes it): without
+    # optimisers, `apply_gradients` only measures the norm and clears the gradients.
     due = any(sample.adv for sample in batch)
     metrics["grad_norm"], skipped = apply_gradients(policy, optimizers if due else [],
                                                     cfg.max_grad_norm)

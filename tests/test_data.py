@@ -88,8 +88,15 @@ def test_wrong_settings_are_refused_by_name(name, value):
         validate(DataConfig(**{name: value}))
 
 
+def test_a_few_problems_are_found_wherever_many_are():
+    cfg = DataConfig(ops="*", n_numbers=4, max_number=30)
+    assert len(data.eval_problems(cfg, 100, "countdown")) > 1
+    assert len(data.eval_problems(cfg, 1, "countdown")) == 1
+
+
 @pytest.mark.parametrize("mix", [
-    "chess:1", "task:0", "task:-1", "task:x", "task:1e9", ",", "file:1", "task:nan"])
+    "chess:1", "task:0", "task:-1", "task:x", "task:1e9", ",", "file:1", "task:nan",
+    "task:1,countdown:x"])
 def test_a_mixture_that_makes_no_sense_is_refused(mix):
     with pytest.raises(UserError, match="mix"):
         validate(DataConfig(mix=mix))
