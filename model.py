@@ -470,7 +470,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
             break
         if t % 4 == 3:  # to look for finished rows, the host waits for the device: not every token
             if find_end:
-                recent = new[rows, max(0, t - 15):t + 1].tolist()  # enough for an </answer>
+                recent = new[rows, max(0, t - 15):t + 1].tolist()  # 4 new, room for an </answer>
                 stopped |= torch.tensor([find_end(ids) > 0 for ids in recent], device=device)
             alive = (~stopped).nonzero()[:, 0]
             if len(alive) == 0:
@@ -493,10 +493,10 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     is_end = torch.isin(new, stop)
     new_lens = (is_end.cumsum(1) - is_end.int() == 0).sum(1).tolist()  # tokens with no end before
     ids, logps, truncated = new.tolist(), new_logp.cpu(), (~is_end.any(1)).tolist()
-    for i in range(N if find_end else 0):
-        found = find_end(ids[i][:new_lens[i]])
-        if found:
-            new_lens[i], truncated[i] = found, False
+    if find_end:
+        for i in range(N):
+            if found := find_end(ids[i][:new_lens[i]]):
+                new_lens[i], truncated[i] = found, False
     return [Completion(prompts[i // group_size], ids[i][:n], logps[i, :n], truncated[i])
             for i, n in enumerate(new_lens)]
 
@@ -685,7 +685,7 @@ def reading(path, what):
     """Turns an error inside it into a UserError of one line: `path` is not `what`."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except OSError as e:
         raise UserError(f"cannot read {path} ({e.strerror or e})") from None
@@ -699,28 +699,28 @@ def save_checkpoint(path, state):
         torch.save(state, f)
 
 
-def load_checkpoint(path, device="cpu"):
-    """Reads what `save_checkpoint` wrote: tensors and plain values only, no code is run. Raises
-    UserError if it is missing or incomplete."""
+def load_checkpoint(path):
+    """Reads what `save_checkpoint` wrote, onto the CPU: tensors and plain values only, no code is
+    run. Raises UserError if it is missing or incomplete."""
     if not os.path.isfile(path):
         raise UserError(f"there is no checkpoint at {path}; python train.py makes one")
     with reading(path, "a complete checkpoint; if training made it, delete it to make it again"):
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         state["model_config"], state["model"], dict(state.get("settings", {}))  # raises if absent
     return state
 
 
-def model_of(state, path, device="cpu", cls=GPT):
+def model_of(state, path, cls=GPT):
     """The model, a `cls`, in what `load_checkpoint` read from `path`. Raises UserError if its shape
     and weights do not fit."""
     with reading(path, "a model of this program; delete it to make it again"):
         model = cls(GPTConfig(**state["model_config"]))
         model.load_state_dict(state["model"])
-    return model.to(device)
+    return model
 
 
 def load_model(path, device="cpu", cls=GPT):
-    return model_of(load_checkpoint(path, device), path, device, cls)
+    return model_of(load_checkpoint(path), path, cls).to(device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -728,7 +728,7 @@ def load_model(path, device="cpu", cls=GPT):
 
 
 class OneDNN(torch.autograd.Function):
-    """x (..., C) times weight (C', C) transposed, fp32, by oneDNN in place of torch's own MKL."""
+    """x (n, C) times weight (C', C) transposed, fp32, by oneDNN in place of torch's own MKL."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -738,8 +738,8 @@ class OneDNN(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
-        return OneDNN.apply(grad, weight.T), OneDNN.apply(flat.T, x.flatten(0, -2).T)
+        frozen = not ctx.needs_input_grad[1]  # beside adapters
+        return OneDNN.apply(grad, weight.T), None if frozen else OneDNN.apply(grad.T, x.T)
 
 
 def onednn_pays():

@@ -84,7 +84,8 @@ def has_format(text):
 
 MISS = tuple(word.strip() for word in WORDS["miss"])
 ANSWER = re.compile("|".join(word.strip() for word in WORDS["answer"]))
-VERDICT = re.compile("|".join(rf"\b{word.strip()}\b" for word in WORDS["miss"] + WORDS["hit"]))
+VERDICT = re.compile(rf"\b(?:{'|'.join(word.strip() for word in WORDS['miss'] + WORDS['hit'])})\b"
+                     r"(?=\W*$)", re.M)  # at the end of a line, where our authors write it
 
 
 def retries(text):
@@ -170,7 +171,7 @@ def verify_countdown(problem, answer):
 
 
 def verify_number(problem, answer):
-    """Right if it is the target, written as a whole number (the question itself is no answer)."""
+    """Right if it is the target, written as a whole number; an expression is no answer."""
     if not re.fullmatch("-?[0-9]{1,20}", answer):
         return None, False
     return str(int(answer)), int(answer) == problem.target

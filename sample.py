@@ -63,8 +63,8 @@ class SampleConfig:
     matmul: str = opt("auto", "what multiplies matrices on a CPU; auto: the faster one here",
                       choices=("auto", "torch", "onednn"))
     init_from: str = opt("", "Hugging Face folder whose model replaces the toy base")
-    sample_dtype: str = opt("auto", "weights that sampling runs with; auto: bfloat16 on CUDA; "
-                            "float32 where adapters were merged into them",
+    sample_dtype: str = opt("auto", "weights that sampling runs with; auto: bfloat16 on GPUs "
+                            "that compute in it; float32 where adapters were merged into them",
                             choices=("auto", "float32", "bfloat16"))
     eval_samples: int = opt(16, "completions per held-out problem in an evaluation", least=1)
     ckpt: str = opt("", "checkpoint for `eval` and `export`; none = out_dir/zero/ckpt.pt")
@@ -115,7 +115,10 @@ def find_device(name):
 
 
 def use_bf16(setting, device):
-    """Whether --sample_dtype or --autocast means bfloat16 on this device."""
+    """Whether --sample_dtype or --autocast means bfloat16 on this device; auto: on GPUs that
+    compute in it, which those before Ampere emulate slowly."""
+    if setting == "auto" and device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return setting in ("on", "bfloat16") or setting == "auto" and device.type == "cuda"
 
 
@@ -217,6 +220,7 @@ def open_checkpoint(given, path="", beside=None):
     """(path, model, tokenizer, Config) of a checkpoint, with the settings that it was trained with
     unless others are given; or of a Hugging Face folder, with the settings `beside`, which are
     those of the model that it is shown next to."""
+    data.refuse_two_tasks(given)
     out_dir = given.get("out_dir", SampleConfig.out_dir)
     path = path or given.get("ckpt") or given.get("init_from")
     path = path or os.path.join(out_dir, "zero", "ckpt.pt")
@@ -324,6 +328,8 @@ def evaluate(model, tok, problems, k, cfg, temperature):
     half = 1.96 * var ** 0.5 if m > 1 else 1.0
     if mean in (0.0, 1.0):  # no spread to estimate it from: the exact (Clopper-Pearson) interval
         half = 1 - 0.025 ** (1 / m)
+    elif not half:  # all alike: as wide as if each were right or wrong as a whole
+        half = 1.96 * (mean * (1 - mean) / m) ** 0.5
     metrics = {"pass@1": mean, "pass@1_ci": [max(0.0, mean - half), min(1.0, mean + half)],
                f"pass@{k}": sum(pass_at_k(k, int(c), k) for c in right.sum(dim=1)) / n,
                f"cons@{k}": sum(votes) / n}
@@ -333,23 +339,41 @@ def evaluate(model, tok, problems, k, cfg, temperature):
     return {**metrics, "problems": n, "samples": k, "temperature": temperature}, samples
 
 
-def evaluate_tasks(model, tok, cfg, folder):
+ASKED = [*(f.name for f in fields(DataConfig) if f.name not in ("task", "mix")),
+         "max_new_tokens", "temperature", "eval_samples"]
+
+
+def how_asked(settings, of=None):
+    """What an evaluation's figures depend on: which settings are not the defaults, and, `of` a
+    model that was trained elsewhere, where and when."""
+    default = Config().settings()
+    asked = {key: settings[key] for key in ASKED if settings[key] != default[key]}
+    return {**asked, "of": of} if of else asked
+
+
+def evaluate_tasks(model, tok, cfg, folder, of=None, requests=False):
     """Held-out problems of cfg.data.tasks(), sampled at the training temperature, at the paper's
     0.6 and greedily, into FOLDER/eval.json and samples.jsonl. A toy model is asked a twentieth as
-    many problems of every other task as well, and with --task=all up to 100 general requests of
-    each kind, unless FOLDER holds more about it."""
+    many problems of every other task as well, or up to 100 with --task=all and, if it has learnt
+    from such (`requests`), of general requests; unless FOLDER holds more about it. `of`: see
+    `how_asked`."""
     main, k, n = cfg.data.tasks(), cfg.sample.eval_samples, cfg.data.eval_problems
-    results, samples, tasks = read_results(folder), [], dict.fromkeys(main, n)
+    asked, samples, tasks = how_asked(cfg.settings(), of), [], dict.fromkeys(main, n)
+    results = {task: found for task, found in read_results(folder).items()
+               if found.get("asked", {}).get("of") == of}
     model = for_sampling(model, cfg.sample)
-    if not (cfg.sample.init_from or cfg.data.data):
-        others = [task for task in data.TASKS if task not in (*main, "file")]
-        beside = {task: min(n, 100) if cfg.data.task == "all" else max(1, n // 20)
-                  for task in others}
-        tasks |= {task: n for task, n in beside.items()
-                  if results.get(task, {}).get("problems", 0) <= n}
+    for task in data.TASKS if not (cfg.sample.init_from or cfg.data.data) else ():
+        fully = cfg.data.task == "all" or requests and task in data.GENERAL
+        few = min(n, 100) if fully else max(1, n // 20)
+        known = results.get(task, {})
+        same = known and {**known.get("asked", {}), "eval_problems": 0} == {
+            **asked, "eval_problems": 0}
+        if task not in (*main, "file") and not (same and known["problems"] > few):
+            tasks[task] = few
     for task, n in tasks.items():
         problems = data.eval_problems(cfg.data, n, task)
         results[task], found = evaluate(model, tok, problems, k, cfg, cfg.grpo.temperature)
+        results[task]["asked"] = asked
         samples += found[:100 * k]
         if task in main:
             few = min(4, max(1, 400 // n))  # some 400 samples will do
@@ -444,6 +468,7 @@ def read_results(folder):
         for task in set(results) & set(data.TASKS):
             # Raises unless they are there, and numbers.
             results[task]["samples"] + results[task]["problems"] + results[task]["pass@1"]
+            dict(results[task].get("asked", {}))
     return results
 
 

@@ -32,11 +32,10 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import zlib
 from collections import Counter
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
@@ -108,9 +107,11 @@ class TrainConfig:
     lora_alpha: float = opt(32.0, "... scaled by lora_alpha / lora_rank", above=0, most=1e6)
     general_replies: int = opt(600, "scripted replies to general requests, for dev3", least=1)
     label_noise: float = opt(0.1, "share of preferences that are wrong", least=0, most=0.5)
-    autocast: str = opt("auto", "training's matrix products in bfloat16; auto: on CUDA",
+    autocast: str = opt("auto", "training's matrix products in bfloat16; auto: on GPUs that "
+                        "compute in it",
                         choices=("auto", "on", "off"))
-    ref_dtype: str = opt("auto", "weights of the reference; auto: bfloat16 on CUDA",
+    ref_dtype: str = opt("auto", "weights of the reference; auto: bfloat16 on GPUs that compute "
+                         "in it",
                          choices=("auto", "float32", "bfloat16"))
     checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory")
     compile: bool = opt(False, "torch.compile the transformer for training")
@@ -140,9 +141,7 @@ def stage_config(stage, given, tok):
     """A stage's Config: defaults < its task's, or a real model's < the stage's < the command line,
     `given`. Raises UserError on bad values."""
     folder = given.get("init_from", "")
-    if given.get("data") and given.get("task", "file") != "file":
-        raise UserError(f"--data={given['data']} and --task={given['task']} are two tasks: leave "
-                        f"out one of them")
+    data.refuse_two_tasks(given)
     defaults = REAL_DEFAULTS if folder else TASK_DEFAULTS.get(given.get("task"), {})
     if folder and given.get("lora_rank"):
         defaults = REAL_DEFAULTS | LORA_DEFAULTS
@@ -217,8 +216,9 @@ def longest_prompt(cfg, tok):
     problems of files with too long a prompt are left out. Raises UserError, before any training, if
     a completion may not fit behind a prompt."""
     data.leave_out_long(cfg.data, tok, cfg.model.context - cfg.grpo.max_new_tokens)
-    prompts = [data.prompt_ids(problem, tok, cfg.data)
-               for problem in data.eval_problems(cfg.data, 50)]
+    rng, _ = generators("longest prompt")
+    prompts = [data.prompt_ids(problem, tok, cfg.data) for problem in (
+        *data.eval_problems(cfg.data, 50), *(data.draw_problem(cfg.data, rng) for _ in range(200)))]
     others = () if cfg.sample.init_from else [task for task in data.TASKS if task != "file"]
     asked = [data.prompt_ids(problem, tok, cfg.data)  # in the final evaluation
              for task in others for problem in data.eval_problems(cfg.data, 100, task)]
@@ -262,8 +262,13 @@ WIDTHS = {"cut": 4, "grad": 7, "loss": 7}  # least ones; else 5
 
 def cut_short(saved, steps):
     """What to say of a checkpoint whose run was to take more steps; `steps` names that setting."""
-    step, planned = saved["step"], saved.get("settings", {}).get(steps, 0)
+    step, planned = saved.get("step", 0), saved.get("settings", {}).get(steps, 0)
     return f", cut short at step {step} of {planned}" if step < planned else ""
+
+
+def handle_ctrl_c(handler):
+    with suppress(ValueError):  # in the main thread; elsewhere Python allows no handlers
+        signal.signal(signal.SIGINT, handler)
 
 
 class Run:
@@ -350,6 +355,7 @@ class Run:
                                    if type(line.get("step")) is int and line["step"] <= step])
         with open(self.path("metrics.jsonl"), "ab") as f:
             self.log_size = f.tell()
+        handle_ctrl_c(self.stop_after_step)  # steps begin: until now it ends at once
         self.saved = {"step": step}  # the rest is in use now, and large
         return step
 
@@ -434,7 +440,7 @@ class Run:
 
     def stop_after_step(self, *_):
         """What a first Ctrl-C does; a second one ends the run at once."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        handle_ctrl_c(signal.default_int_handler)
         self.stopping = True
         tqdm.write("stopping after this step; Ctrl-C again stops at once")
 
@@ -507,7 +513,7 @@ def train_base(run):
     lengths = [len(run.tok.encode("".join(data.document(cfg.data, rng)))) for _ in range(300)]
     too_long = sum(length > cfg.train.base_length for length in lengths) / len(lengths)
     if too_long > 0.01:
-        print(f"{run.name}: {too_long:.0%} of the documents, the most patient ones, do not fit "
+        print(f"{run.name}: {too_long:.0%} of the documents, the longest, do not fit "
               f"base_length={cfg.train.base_length} and are left out")
     torch.manual_seed(run.seed)
     model = GPT(cfg.model).to(run.device)
@@ -741,7 +747,7 @@ SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16
 SHORT_RL = {"rl_steps": 30}
 ALL_SCENARIOS = {"mix": "task:2,chat:1,unsafe:1", "w_language": 0.5, "w_preference": 0.5,
                  "w_harmless": 2.0, "rl_decay": 0.0}
-STAGES = {  # in the paper's order: whatever a stage needs is above it. Figures found by trial
+STAGES = {  # in the paper's order: whatever a stage needs is above it. Numbers: by trial and error
     "base": Stage(train_base, "base", None, None, {}),
     "sft": Stage(train_traces, "sft", "base", None, {}),
     "zero": Stage(train_rl, "rl", "base", None, {}),  # RewardConfig's own: accuracy, format
@@ -793,25 +799,39 @@ def resolve_dependencies(stages, given=None):
     return [name for name in STAGES if name in needed]
 
 
-def check_stages(stages, given):
-    """Raises UserError, before hours of training, if one of them will not run."""
+def has_dev3(stage):
+    """Whether a stage has learnt from general requests: all do that grow from dev3."""
+    return stage in STAGES and "dev3" in resolve_dependencies([stage])
+
+
+def check_stages(stages, words, given):
+    """Raises UserError, before hours of training, if one of them will not run; `words`: those that
+    the command line names."""
     folder, traces = given.get("init_from", ""), given.get("traces")
     toy = [name for name in stages if name not in REAL_STAGES]
     if folder and toy:
         raise UserError(f"--init_from is for {', '.join(REAL_STAGES)}; {', '.join(toy)} need the "
                         f"toy's small base or its general requests")
-    if "sft" in stages:
-        if not traces:
-            raise UserError("sft needs --traces=FILE.jsonl")
-        tok = data.load_tokenizer(folder)
-        data.read_traces(traces, tok, stage_config(STAGES["sft"], given, tok).data)
-    judge = os.path.join(given.get("out_dir", SampleConfig.out_dir), "reward_model", "ckpt.pt")
+    if "sft" in stages and not traces:
+        raise UserError("sft needs --traces=FILE.jsonl")
+    tok, out_dir = data.load_tokenizer(folder), given.get("out_dir", SampleConfig.out_dir)
+    judge = os.path.join(out_dir, "reward_model", "ckpt.pt")
     for name in stages:
-        cfg = stage_config(stage_of(name, given), given, data.load_tokenizer(folder))
-        if STAGES[name].kind == "rl":
-            if judged(cfg) and not ("reward_model" in stages or os.path.exists(judge)):
-                raise UserError(f"{name}: w_preference needs a reward model, and {judge} is not "
-                                f"there: train.py reward_model makes it")
+        stage = stage_of(name, given)
+        cfg = stage_config(stage, given, tok)
+        longest_prompt(cfg, tok)
+        if name == "sft":
+            data.read_traces(traces, tok, cfg.data)
+        if os.path.exists(os.path.join(out_dir, name, "ckpt.pt")):
+            with redirect_stdout(None):  # raises if it was trained with other settings
+                Run(name, given, name in words)
+        if stage.kind == "rl" and judged(cfg) and "reward_model" not in stages:
+            fault = ", which is not there"
+            if os.path.exists(judge):
+                fault = cut_short(load_checkpoint(judge), "sft_steps")
+            if fault:
+                raise UserError(f"{name}: w_preference needs a reward model, {judge}{fault}: "
+                                f"train.py reward_model makes it")
 
 
 def run_stage(name, given, asked=True, earlier=None):
@@ -822,7 +842,8 @@ def run_stage(name, given, asked=True, earlier=None):
         if other in (earlier or {}) and earlier[other].ended > run.began:
             raise UserError(f"{run.dir} grew from an earlier {other}: delete it and the stages "
                             f"after it, or choose another --out_dir")
-    result, of = "pairs" if is_rm else run.cfg.data.tasks()[0], None
+    of, now = None, run.cfg.settings()
+    then = {**now, **run.saved.get("settings", {})}
     if name == "base" and (run.cfg.sample.init_from or base):
         print(f"base: {run.cfg.sample.init_from or base}{run.cut_short}")  # trained elsewhere
         if not given.get("traces"):  # else RL starts from other weights
@@ -830,14 +851,13 @@ def run_stage(name, given, asked=True, earlier=None):
         if base and run.saved["step"] and not os.path.samefile(base, run.path("ckpt.pt")):
             raise UserError(f"{run.dir} holds a base that was trained here: leave out --base or "
                             f"choose another --out_dir")
-        of = origin(base or run.cfg.sample.init_from, run.ended, run.cfg)
-        then = load_checkpoint(base).get("settings", {}) if base else {}
-        if base and all(then.get(key) == run.cfg.settings()[key]
-                        for key in ("task", "mix", "eval_problems", "eval_samples", *ASKED)):
-            # What is known of it, in its own folder: it was asked in the same way.
+        of = [os.path.realpath(base or run.cfg.sample.init_from), run.ended]
+        if base:  # What is known of it in its own folder, if it was asked in the same way.
+            elsewhere = read_results(os.path.dirname(base))
             write_json(run.path("eval.json"), read_results(run.dir) | {
-                task: {**found, "of": of} for task, found
-                in read_results(os.path.dirname(base)).items() if task in data.TASKS})
+                task: {**found, "asked": sample.how_asked(now, of)}
+                for task, found in elsewhere.items() if task in data.TASKS
+                and found.get("asked") == sample.how_asked(now)})
     elif run.saved["step"] >= run.steps:
         print(f"{name}: done ({run.path('ckpt.pt')}, {run.saved['step']} steps{run.cut_short})")
         run.saved = {"step": run.saved["step"]}  # the rest is large
@@ -846,45 +866,22 @@ def run_stage(name, given, asked=True, earlier=None):
         for file in ("eval.json", "samples.jsonl"):  # left by a run of fewer steps
             with suppress(FileNotFoundError):
                 os.remove(run.path(file))
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if in_main_thread:  # elsewhere Python allows no handlers
-            signal.signal(signal.SIGINT, run.stop_after_step)
         try:
             run.stage.train(run)
         finally:
-            if in_main_thread:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+            handle_ctrl_c(signal.default_int_handler)
         plot_curves(run.dir)
-    found = read_results(run.dir).get(result, {})
-    # Else perhaps in passing, or by `eval`, with other settings.
-    in_full = is_rm or "pass@1_greedy" in found and "otherwise" not in found
-    if not found or not in_full or of and found.get("of") != of:
-        model = run.load(name, RewardModel if is_rm else GPT)  # as saved: adapters are merged
-        if is_rm:
-            evaluate_reward_model(run, model)
-        else:
-            sample.evaluate_tasks(model, run.tok, run.to_ask(name), run.dir)
-            if of:
-                mark(run.dir, run.cfg.data.tasks(), of=of)
+    found = read_results(run.dir)
+    # Else it was asked in passing, or by `eval` with settings that are neither the run's nor these.
+    asked = [sample.how_asked(settings, of) for settings in (now, then)]
+    if is_rm:
+        if "pairs" not in found:
+            evaluate_reward_model(run, run.load(name, RewardModel))
+    elif not all("pass@1_greedy" in found.get(task, {}) and found[task].get("asked") in asked
+                 for task in run.cfg.data.tasks()):
+        model = run.load(name)  # as saved: adapters are merged
+        sample.evaluate_tasks(model, run.tok, run.to_ask(name), run.dir, of, has_dev3(name))
     return run
-
-
-ASKED = [*names(DataConfig, "task", "mix", "eval_problems"), "max_new_tokens", "temperature"]
-
-
-def origin(path, ended, cfg):
-    """What tells apart the evaluations of bases that were trained elsewhere: the checkpoint or
-    folder, when that was trained, and how it was asked."""
-    asked = [cfg.settings()[key] for key in ASKED]
-    return f"{zlib.crc32(repr([os.path.realpath(path), ended, asked]).encode()):08x}"
-
-
-def mark(folder, tasks, **notes):
-    """Writes down of which base the results of `tasks` in FOLDER/eval.json are (`of`), or with
-    which settings, other than in training, these were asked (`otherwise`)."""
-    results = read_results(folder)
-    results |= {task: {**results[task], **notes} for task in tasks}
-    write_json(os.path.join(folder, "eval.json"), results)
 
 
 def memory_plan(cfg, prompt_len, device, shared_len=0):
@@ -973,6 +970,8 @@ def print_tables(results, tasks):
     results = {stage: found for stage, found in results.items() if any(t in found for t in tasks)}
     for task in tasks:
         rows = {stage: found for stage, found in results.items() if task in found}
+        if not rows:
+            continue
         evaluated = [found[task] for found in rows.values()]
         k, n = (max(found[key] for found in evaluated) for key in ("samples", "problems"))
         fewest = min(found["problems"] for found in evaluated)
@@ -1020,12 +1019,13 @@ def plot_curves(folder):
         return
     lines = read_lines(os.path.join(folder, "metrics.jsonl"))
     keys = ["reward/accuracy", "reward/format", "length", "kl", "entropy"]
-    keys = [key for key in keys if key in lines[0]] or ["loss"]
+    known = dict.fromkeys(key for line in lines for key in line)
+    keys = [key for key in keys if key in known] or ["loss"]
     figure = Figure(figsize=(3.2 * len(keys), 2.6), layout="tight")
     for i, key in enumerate(keys):
         axis = figure.add_subplot(1, len(keys), i + 1, title=key, xlabel="step")
         suffix = "/" + key.removeprefix("reward/")  # countdown/length: one curve per task
-        curves = [name for name in lines[0] if name.endswith(suffix) and "reward" not in name]
+        curves = [name for name in known if name.endswith(suffix) and "reward" not in name]
         for name in curves or [key]:
             values = [m[name] if m.get(name) is not None else math.nan for m in lines]
             axis.plot([m["step"] for m in lines], values, linewidth=1, label=name.split("/")[0])
@@ -1057,14 +1057,9 @@ def run_eval(given):
     folder = os.path.join(cfg.sample.out_dir, "base") if is_folder else os.path.dirname(path)
     if is_folder and os.path.exists(os.path.join(folder, "ckpt.pt")):
         raise UserError(f"{folder} holds a base that was trained here: choose another --out_dir")
-    sample.evaluate_tasks(model, tok, cfg, folder)
-    if is_folder:
-        mark(folder, cfg.data.tasks(), of=origin(path, 0.0, cfg))
-    else:
-        now, then = cfg.settings(), load_checkpoint(path).get("settings", {})
-        otherwise = {key: now[key] for key in ASKED if now[key] != then.get(key, now[key])}
-        if otherwise:  # the run it is of will ask again
-            mark(folder, cfg.data.tasks(), otherwise=otherwise)
+    of = [os.path.realpath(path), 0.0] if is_folder else None
+    stage = None if is_folder else load_checkpoint(path).get("stage")
+    sample.evaluate_tasks(model, tok, cfg, folder, of, has_dev3(stage))
     print_tables({folder or path: read_results(folder)}, cfg.data.tasks())
 
 
@@ -1145,7 +1140,7 @@ def run_command_line(words, given):
         if given.get("ckpt"):
             raise UserError("--ckpt is for `eval` and `export`; to train on from a base: --base")
         stages = resolve_dependencies(words, given)
-        check_stages(stages, given)
+        check_stages(stages, words, given)
         if given.get("init_from"):
             return_memory()
         runs = {}

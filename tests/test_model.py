@@ -735,6 +735,17 @@ def test_missing_torn_and_foreign_checkpoints_are_named_in_one_line(tmp_path):
         assert "\n" not in str(e.value)
 
 
+def test_no_memory_is_no_damage(monkeypatch, tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes(b"whole")
+    for error in (MemoryError, torch.OutOfMemoryError):
+        def fails(*args, error=error, **kwargs):
+            raise error("CUDA out of memory")
+
+        monkeypatch.setattr(torch, "load", fails)
+        with pytest.raises(error):
+            load_checkpoint(str(tmp_path / "ckpt.pt"))
+
+
 def test_a_checkpoint_of_another_shape_is_refused_in_one_line(tiny, tmp_path):
     cfg, weights = asdict(tiny.cfg), tiny.state_dict()
     configs = {"unknown.pt": {**cfg, "moe": 8}, "shape.pt": {**cfg, "n_embd": 8}, "config.pt": 5,

@@ -245,7 +245,8 @@ def test_thinking_and_answer_are_read_from_a_whole_completion():
 @pytest.mark.parametrize("text, retried", [
     ("3+2=5 vs 6 no\n3*2=6 vs 6 yes\n", True), ("3+2=5 比 7 不对\n3*2=6 vs 7 no\n", True),
     ("3+2=5 vs 6 no\nI give up\n", False), ("3+2=5 vs 6 no\nnothing fits\n", False),
-    ("3*2=6 vs 6 yes\n", False), ("", False)])
+    ("3*2=6 vs 6 yes\n", False), ("", False), ("3+2=5 vs 6 no 🤔\n3*2=6 vs 6 yes 🎉\n", True),
+    ("There are no eggs left, so yes\n", False)])
 def test_another_try_after_a_miss_is_a_retry_and_giving_up_is_none(text, retried):
     assert retries(text) == retried
 

@@ -131,8 +131,9 @@ def test_the_main_task_is_sampled_at_both_temperatures_and_greedily_and_others_o
                           data.load_tokenizer(), cfg, str(tmp_path))
     main = [ask[1:] for ask in asked if ask[0] == "countdown"]
     assert main == [(20, 3, 0.9), (20, 4, 0.6), (20, 1, 0.0)]
-    assert results(tmp_path)["countdown"] == {"pass@1": 1, "temperature": 0.9, "pass@1_T=0.6": 2,
-                                              "pass@1_greedy": 3}
+    assert results(tmp_path)["countdown"] == {
+        "pass@1": 1, "temperature": 0.9, "pass@1_T=0.6": 2, "pass@1_greedy": 3,
+        "asked": {"eval_problems": 20, "eval_samples": 3, "temperature": 0.9}}
     others = [ask for ask in asked if ask[0] != "countdown"]
     assert {ask[0] for ask in others} == set(data.TASKS) - {"countdown", "file"}
     assert [ask[1:] for ask in others] == [(1, 3, 0.9)] * 5  # a twentieth as many
@@ -146,6 +147,24 @@ def test_the_main_task_is_sampled_at_both_temperatures_and_greedily_and_others_o
     assert logic == [(200, 3, 1.0), (200, 2, 0.6), (200, 1, 0.0)]
     requests = {ask[0]: ask[1:] for ask in asked if ask[0] in data.GENERAL}
     assert requests == {"chat": (100, 3, 1.0), "unsafe": (84, 3, 1.0)}  # no more exist
+
+    # And so they do for models that have learnt from such.
+    asked.clear()
+    (tmp_path / "r1").mkdir()
+    cfg = sample.Config.of({"eval_problems": 200, "eval_samples": 3})
+    sample.evaluate_tasks(GPT(GPTConfig(n_layer=1, n_embd=16, n_head=2, head_dim=8)),
+                          data.load_tokenizer(), cfg, str(tmp_path / "r1"), requests=True)
+    beside = {ask[0]: ask[1] for ask in asked if ask[0] != "countdown"}
+    assert beside == {"arithmetic": 10, "logic": 10, "code": 10, "chat": 100, "unsafe": 84}
+
+
+@pytest.mark.parametrize("capability, bf16", [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_auto_is_bfloat16_on_gpus_that_compute_in_it(monkeypatch, capability, bf16):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
+    assert sample.use_bf16("auto", gpu) == bf16 and not sample.use_bf16("auto", cpu)
+    assert sample.use_bf16("bfloat16", gpu) and not sample.use_bf16("float32", gpu)
 
 
 def test_thinking_and_second_attempts_are_counted(monkeypatch):
@@ -168,6 +187,15 @@ def test_what_is_always_right_or_always_wrong_still_leaves_doubt(monkeypatch, te
     assert metrics["pass@1"] == sure
     doubt = 1 - 0.025 ** (1 / 20)
     assert metrics["pass@1_ci"] == pytest.approx([1 - doubt, 1] if sure else [0, doubt])
+
+
+def test_problems_that_are_all_half_right_still_leave_doubt(monkeypatch):
+    problems = [data.countdown_problem((3, 7), 10) for _ in range(20)]
+    monkeypatch.setattr(data, "without_names", id)  # 20 problems, not one
+    tok = says(monkeypatch, ["<answer>3+7</answer>", "<answer>3</answer>"] * 20)
+    metrics, _ = sample.evaluate(None, tok, problems, 2, sample.Config(), 1.0)
+    half = 1.96 * (0.25 / 20) ** 0.5
+    assert metrics["pass@1_ci"] == pytest.approx([0.5 - half, 0.5 + half])
 
 
 def test_logic_puzzles_that_differ_in_names_alone_count_as_one(monkeypatch):

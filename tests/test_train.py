@@ -466,7 +466,8 @@ def test_an_experiment_can_start_from_the_base_of_another_folder(finished, tmp_p
     assert torch.equal(weights(tmp_path / "zero"), weights(finished / "zero"))
     assert read(tmp_path / "zero", "metrics.jsonl") == read(finished / "zero", "metrics.jsonl")
     theirs, mine = (results(folder / "base") for folder in (finished, tmp_path))
-    assert all(found.pop("of") for found in mine.values()) and theirs == mine
+    where = os.path.realpath(finished / "base" / "ckpt.pt")
+    assert all(found["asked"].pop("of")[0] == where for found in mine.values()) and theirs == mine
     assert "base" in capsys.readouterr().out.split("pass@1")[-1]  # a row of the table
     err = refusal(train.main, [*ZERO, base, "--ops=+", f"--out_dir={tmp_path}/other"], capsys)
     assert "ops=+-*, not +" in err and "ckpt.pt" in err
@@ -513,14 +514,78 @@ def test_an_evaluation_in_passing_replaces_no_fuller_one_and_does_not_count_as_o
     assert of_countdown[0] == of_countdown[1] != []
 
 
-def test_what_eval_has_asked_otherwise_is_asked_again_as_the_run_does(finished, tmp_path):
+@pytest.mark.parametrize("flag", ["--max_number=20", "--eval_samples=1", "--eval_problems=1",
+                                  "--temperature=0.5"])
+def test_what_eval_has_asked_otherwise_is_asked_again_as_the_run_does(finished, tmp_path, flag):
     for stage in ("base", "zero"):
         shutil.copytree(finished / stage, tmp_path / stage)
     before, ckpt = results(tmp_path / "zero"), f"--ckpt={tmp_path}/zero/ckpt.pt"
-    run(tmp_path, "eval", ckpt, "--max_number=20", tiny=[])
-    assert results(tmp_path / "zero")["countdown"]["otherwise"] == {"max_number": 20}
+    run(tmp_path, "eval", ckpt, flag, tiny=[])
+    key, value = flag[2:].split("=")
+    found = results(tmp_path / "zero")
+    assert all(found[task]["asked"][key] == float(value) for task in ("countdown", "logic"))
     run(tmp_path)
     assert results(tmp_path / "zero") == before
+
+
+def test_the_stages_that_grow_from_dev3_are_asked_general_requests():
+    asked = [name for name in train.STAGES if train.has_dev3(name)]
+    assert asked == ["dev3", "reward_model", "r1", "distill", "r1_hacked"]
+    assert not train.has_dev3(None)
+
+
+def test_an_evaluation_of_one_of_all_tasks_does_not_count_as_one_of_all(finished, tmp_path):
+    for stage in ("base", "zero"):
+        shutil.copytree(finished / stage, tmp_path / stage)
+    path = tmp_path / "zero" / "ckpt.pt"
+    for stage in ("base", "zero"):
+        state = load_checkpoint(tmp_path / stage / "ckpt.pt")
+        state["settings"] |= {"task": "all", "rl_decay": 0.4}
+        save_checkpoint(str(tmp_path / stage / "ckpt.pt"), state)
+    flags = [*ZERO, "--task=all"]
+    run(tmp_path, tiny=flags)
+    found = results(tmp_path / "zero")
+    assert all("pass@1_greedy" in found[task] for task in data.REASONING)
+    run(tmp_path, "eval", f"--ckpt={path}", "--task=logic", "--max_number=20", tiny=[])
+    assert results(tmp_path / "zero")["logic"] != found["logic"]
+    run(tmp_path, tiny=flags)
+    assert results(tmp_path / "zero") == found
+
+
+def test_results_of_a_base_that_were_asked_otherwise_do_not_come_along(finished, tmp_path):
+    shutil.copytree(finished / "base", tmp_path / "base")
+    base, flags = tmp_path / "base" / "ckpt.pt", [flag for flag in ZERO if flag not in SHAPE]
+    run(tmp_path / "mine", "base", f"--base={base}", tiny=flags)
+    mine = results(tmp_path / "mine" / "base")
+    run(tmp_path, "eval", f"--ckpt={base}", "--temperature=0.5", tiny=[])
+    run(tmp_path / "mine", "base", f"--base={base}", tiny=flags)
+    assert results(tmp_path / "mine" / "base") == mine
+
+
+def test_a_stage_that_another_setting_contradicts_is_found_before_any_training(
+        finished, tmp_path, capsys):
+    shutil.copytree(finished / "zero", tmp_path / "zero")
+    argv = [*ZERO, "--kl_coef=0.5", f"--out_dir={tmp_path}"]
+    assert "kl_coef=0.001, not 0.5" in refusal(train.main, argv, capsys)
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_base_without_a_step_can_be_built_upon(finished, tmp_path):
+    state = load_checkpoint(finished / "base" / "ckpt.pt")
+    path = tmp_path / "bare.pt"
+    save_checkpoint(str(path), {key: state[key] for key in ("model", "model_config", "settings")})
+    run(tmp_path, f"--base={path}", tiny=[flag for flag in ZERO if flag not in SHAPE])
+    assert torch.equal(weights(tmp_path / "zero"), weights(finished / "zero"))
+
+
+def test_a_reward_model_that_was_cut_short_judges_nothing(finished, tmp_path, capsys):
+    shutil.copytree(finished / "base", tmp_path / "base")
+    (tmp_path / "reward_model").mkdir()
+    state = load_checkpoint(finished / "base" / "ckpt.pt")
+    save_checkpoint(str(tmp_path / "reward_model" / "ckpt.pt"),
+                    {**state, "step": 2, "settings": {**state["settings"], "sft_steps": 8}})
+    argv = [*ZERO, "--w_preference=1", "--mix=task:1,chat:1", f"--out_dir={tmp_path}"]
+    assert "cut short at step 2 of 8" in refusal(train.main, argv, capsys)
 
 
 def test_flags_that_would_do_nothing_are_refused(finished, tmp_path, capsys):
@@ -530,6 +595,10 @@ def test_flags_that_would_do_nothing_are_refused(finished, tmp_path, capsys):
     (tmp_path / "d.jsonl").write_text('{"question": "?", "answer": "1"}\n')
     argv = [*REAL, f"--data={tmp_path / 'd.jsonl'}", "--task=logic", f"--out_dir={tmp_path}"]
     assert "two tasks" in refusal(train.main, argv, capsys)
+    argv = [f"--data={tmp_path / 'd.jsonl'}", "--task=logic"]
+    argv += [f"--ckpt={finished}/zero/ckpt.pt"]
+    assert "two tasks" in refusal(sample.main, argv, capsys)
+    assert "two tasks" in refusal(train.main, ["eval", *argv], capsys)
 
 
 def test_a_run_that_goes_on_rounds_as_before(finished, tmp_path, capsys):
@@ -1045,7 +1114,7 @@ def test_a_base_elsewhere_that_was_not_evaluated_is_evaluated_here(finished, tmp
     run(tmp_path / "here", f"--base={tmp_path}/there/base/ckpt.pt",
         tiny=[flag for flag in ZERO if flag not in SHAPE])
     here = results(tmp_path / "here" / "base")["countdown"]
-    assert here.pop("of") and here == results(finished / "base")["countdown"]
+    assert here["asked"].pop("of") and here == results(finished / "base")["countdown"]
 
 
 def test_a_base_elsewhere_that_was_asked_otherwise_is_asked_again(finished, tmp_path):
@@ -1466,9 +1535,9 @@ def test_a_source_with_merged_adapters_is_asked_in_fp32(folder, tmp_path, monkey
 
 def test_weights_with_merged_adapters_stay_in_fp32(folder, tmp_path, monkeypatch):
     asked, evaluate = [], sample.evaluate_tasks
-    monkeypatch.setattr(sample, "evaluate_tasks", lambda model, tok, cfg, where: (
+    monkeypatch.setattr(sample, "evaluate_tasks", lambda model, tok, cfg, *others: (
         asked.append((model.embed.weight.dtype, cfg.sample.sample_dtype)),
-        evaluate(model, tok, cfg, where)))
+        evaluate(model, tok, cfg, *others)))
     path = write_traces(tmp_path / "traces.jsonl", TRACES)
     flags = [*REAL, f"--init_from={folder}", f"--traces={path}", "--lora_rank=2", "--sft_steps=2",
              "--template=toy", "--sample_dtype=bfloat16"]

@@ -69,7 +69,7 @@ def tasks_of(settings):
 def results_of(folder, tasks):
     results = sample.read_results(folder)
     for found in results.values():
-        found.pop("of", None)  # see `train.origin`
+        found.pop("asked", None)
     return {task: results[task] for task in tasks}
 
 
