@@ -765,7 +765,7 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it. Numbers:
     "small_base": Stage(train_base, "base", None, None, SMALL),
     "distill": Stage(train_distill, "sft", "small_base", "r1", {
         **SMALL, "mix": "task:4,chat:1,unsafe:1", "source_problems": 7200, "source_samples": 1,
-        "sft_steps": 800, "sft_lr": 2e-3, "sft_rows": 32}),
+        "sft_steps": 1200, "sft_lr": 2e-3, "sft_rows": 32}),
     "small_zero": Stage(train_rl, "rl", "small_base", None, SMALL),
     # Experiments: dev2 without its language reward, r1 with more and larger steps, emoji. The last
     # does not divide by the std: in a group that is all right a missing emoji would count like a
