@@ -22,8 +22,8 @@ its tokens, the gradient can be estimated from samples, since grad pi = pi grad 
 So sample, and push each sample's log-probs up in proportion to its reward. Any baseline b that does
 not depend on the sample may be subtracted from the reward: E[b grad log pi] = b grad sum_o pi(o) =
 b grad 1 = 0, so the expected gradient stays, and choosing b near the mean reward lowers its
-variance. PPO, the usual algorithm before GRPO, trains a second network to predict that mean; GRPO
-takes the mean of the group (which includes r itself: see below).
+variance. PPO, the usual algorithm before GRPO, trains a second network to predict, at each token,
+the reward to come; GRPO takes the mean of the group (which includes r itself: see below).
 
 For every problem q sample o_1 ... o_G from the policy, and reward them with r_1 ... r_G. pi_old is
 the policy that sampled, and stays as it was while pi is trained. All tokens o_t of a completion
@@ -37,9 +37,9 @@ have its advantage A (o_<t: the tokens before). Then
 
 At the first optimiser step on a rollout pi = pi_old: rho_t is 1, nothing is clipped, and since the
 gradient of rho_t is then that of log pi, the gradient of -L_t is A grad log pi, the identity above
-with A for r - b. It is not exactly grad E[r]: the mean of the group includes r itself, dividing by
-the std weights problems unequally, and the mean over a completion's own tokens weights completions
-unequally (Dr. GRPO, arXiv 2503.20783, does without the last two).
+with A for r - b. It is not exactly grad E[r]: the mean of the group includes r itself, which makes
+it smaller by (G - 1) / G; dividing by the std weights problems unequally, and the mean over a
+completion's own tokens completions (Dr. GRPO, arXiv 2503.20783, does without the last two).
 The clip stops pushing a token once its ratio has moved by eps in the direction that A asks for.
 beta keeps the policy near the reference while it chases the reward.
 

@@ -618,17 +618,18 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
     ("passk", "pass@1 of zero, tags demanded, is above pass@16 of its base, tags left aside",
      best_of,
      lambda run, t: operator.gt(*one_and_best(run, t))),
-    ("budget", "the answer comes from the search: closed by force after 8, 16, 32, ... tokens, and "
-     "at last 340, before many have hit, pass@1 rises from each limit to the next, or falls by a "
-     "point at most; over all by 80 or more (the figures are means)",
+    ("budget", "the answer comes from the search: closed by force after 8, 16, 32, ... 256 tokens, "
+     "and at 340, the limit itself, pass@1 rises from each limit to the next, or falls by a point "
+     "at most; over all by 80 or more (the figures are means)",
      points_of("budget", "zero"),
      lambda run, t: rises(run["budget"][t]["zero"].values(), 0.01, 0.8)),
-    ("cooler", "much of the skill is in the base's likeliest continuations: sampled at T = 0.05, "
-     "tags left aside, it is right in 80 % or more (threshold set after seed 1)",
+    ("cooler", "much of the skill is in the base's likeliest continuations, 80 % right or more at "
+     "T = 0.05, tags left aside (threshold set after seed 1)",
      both(ends("cooler", "base, tags left aside"), "tags demanded", ends("cooler", "base")),
      lambda run, t: run["cooler"][t]["base, tags left aside"]["0.05"] >= 0.8),
     ("cooler", "what RL adds is more than a lower temperature: at T = 1 zero, tags demanded, is "
-     "right more often than the base at any temperature, tags left aside",
+     "right more often than the base at any of T = 1, 0.6, 0.3, 0.1, 0.05, tags left aside (0.05 "
+     "is its best)",
      beside_the_best,
      lambda run, t: operator.gt(*at_its_best(run, t))),
     ("steps", "held-out pass@1, asked every 20 RL steps, rises by 75 points or more in all, and "
@@ -636,7 +637,7 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
      ends("accuracy", "pass@1"),
      lambda run, t: rises(run["accuracy"][t]["pass@1"].values(), 0.03, 0.75)),
     ("unread", "a small base that has read no patient author learns more from r1's traces than by "
-     "RL: in each task distill's 95 % interval lies wholly above that of small_zero",
+     "RL, in each task distill's 95 % interval wholly above that of small_zero",
      small_models,
      lambda run, t: run["distill"][t]["pass@1_ci"][0] > run["small_zero"][t]["pass@1_ci"][1]),
 ]
