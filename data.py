@@ -50,7 +50,6 @@ class DataConfig:
             self.task = "file"
 
     def rules(self):
-        """Raises UserError on settings that no problem can be made with."""
         if self.task not in (*TASKS, "all"):
             raise UserError(f"task={self.task!r} is not one of {', '.join(TASKS)}, all")
         if set(self.ops) - set("+-*/") or not self.ops.strip("/"):
@@ -65,14 +64,18 @@ class DataConfig:
             raise UserError("task=file needs --data=FILE")
         if self.eval_data and not self.data:
             raise UserError("--eval_data needs --data=FILE to train on")
-        for path in filter(None, (self.data, self.eval_data)):
-            problems = file_problems(path, self.question_key, self.answer_key)
+        for path, problems in self.files().items():
             if not self.eval_data and len({problem.held_out for problem in problems}) < 2:
                 raise UserError(f"data={path}: {len(problems)} problems are too few to split")
         for name, share in self.shares().items():
             if name not in TASKS or name == "file" and not self.data or not share > 0:
                 raise UserError(f"mix={self.mix!r} must be {', '.join(TASKS)} or task, with "
                                 f"shares, such as task:2,chat:1")
+
+    def files(self):
+        """{path: its problems} of the files that were given."""
+        return {path: file_problems(path, self.question_key, self.answer_key)
+                for path in (self.data, self.eval_data) if path}
 
     def tasks(self):
         """What is trained on, and evaluated in full."""
@@ -497,25 +500,25 @@ def read_each(path, parse, what):
 def leave_out_long(cfg, tok, room):
     """Removes the problems of files with prompts of more than `room` tokens, and training problems
     that `eval_data` asks as well, for all that draw."""
-    for path in filter(None, (cfg.data, cfg.eval_data)):
-        problems = file_problems(path, cfg.question_key, cfg.answer_key)
+    def keep(path, fits, why):
+        problems = files[path]
         n = len(problems)
-        problems[:] = [p for p in problems if len(prompt_ids(p, tok, cfg)) <= room]
+        problems[:] = [problem for problem in problems if fits(problem)]
         if len(problems) < n:
-            print(f"{path}: {n - len(problems)} of {n} problems are left out, their prompts are "
-                  f"longer than context - max_new_tokens = {room}")
+            print(f"{path}: {n - len(problems)} of {n} problems are left out, {why}")
+
+    files = cfg.files()
+    for path in files:
+        keep(path, lambda problem: len(prompt_ids(problem, tok, cfg)) <= room,
+             f"their prompts are longer than context - max_new_tokens = {room}")
     if cfg.eval_data and cfg.eval_data != cfg.data:
-        problems, held_out = (file_problems(path, cfg.question_key, cfg.answer_key)
-                              for path in (cfg.data, cfg.eval_data))
-        n, asked = len(problems), {problem.asks for problem in held_out}
-        problems[:] = [problem for problem in problems if problem.asks not in asked]
-        if len(problems) < n:
-            print(f"{cfg.data}: {n - len(problems)} of {n} problems are left out, {cfg.eval_data} "
-                  f"asks them as well")
+        asked = {problem.asks for problem in files[cfg.eval_data]}
+        keep(cfg.data, lambda problem: problem.asks not in asked,
+             f"{cfg.eval_data} asks them as well")
 
 
 def draw_from_file(cfg, rng):
-    problems = file_problems(cfg.data, cfg.question_key, cfg.answer_key)
+    problems = cfg.files()[cfg.data]
     return rng.choice(problems) if problems else None
 
 
@@ -609,11 +612,10 @@ def chat_template(name, prefill_think=False):
     """One of TEMPLATES in Jinja, as exports carry it. Its system message replaces a chat's."""
     text, turn, end = TEMPLATES[name]
     prefill = "{% if loop.last %}<think>\n{% endif %}" * prefill_think
-    return (f"{text}{{% for message in messages %}}{{% if message.role == 'user' %}}"
-            f"{turn.replace('{question}', '{{ message.content }}')}{prefill}"
-            f"{{% elif message.role == 'assistant' %}}{{{{ message.content }}}}"
-            f"{end or '{{ eos_token }}'}"
-            f"{{% endif %}}{{% endfor %}}")
+    return (text + "{% for message in messages %}{% if message.role == 'user' %}"
+            + turn.replace("{question}", "{{ message.content }}") + prefill
+            + "{% elif message.role == 'assistant' %}{{ message.content }}"
+            + (end or "{{ eos_token }}") + "{% endif %}{% endfor %}")
 
 
 def add_chat_template(folder, cfg, tok):
@@ -1122,9 +1124,8 @@ def count_habits(text, cfg):
     target, *numbers = map(int, asked.groups()) if asked else (0,)
     if target not in reachable(tuple(sorted(numbers)), cfg.ops):
         return None
-    right, misses = int(re.findall(r"=(\d+)", text)[-1]) == target, 0
-    for word in WORDS["miss"]:
-        misses += text.count(word.rstrip())
+    right = int(re.findall(r"=(\d+)", text)[-1]) == target
+    misses = sum(text.count(word.rstrip()) for word in WORDS["miss"])
     tags, patient = "<think>" in text and "<answer>" in text, misses >= ENOUGH["countdown"]
     checks = any(word in text for word in WORDS["against"])
     return countdown_problem(numbers, target), {
@@ -1137,21 +1138,20 @@ def main():
     rng, cfg, tok = random.Random(0), DataConfig(), load_tokenizer()
     for _ in range(8):
         print(*document(cfg, rng), sep="", end="\n\n")
-    attempts, solved = [], dict.fromkeys((3, 12, 18, 30), 0)
+    attempts, missed = [], []
     tireless = Habits(chinese=0.0, layout="full", checks=True, patience=99)
     for text in documents_read(cfg, tok, rng, 200):
         if found := count_habits(text, cfg):
             attempts.append(found[1])
             lines, _ = write_countdown(found[0], cfg, tireless, rng)
-            misses = sum(line.endswith(WORDS["miss"][0]) for line in lines)
-            solved = {patience: n + (misses < patience) for patience, n in solved.items()}
+            missed.append(sum(line.endswith(WORDS["miss"][0]) for line in lines))
     shares = {habit: 100 * sum(shown[habit] for shown in attempts) / len(attempts)
               for habit in attempts[0]}
     print(f"{len(attempts):,} attempts at puzzles that can be solved: "
           + ", ".join(f"{habit} {share:.1f} %" for habit, share in shares.items()))
-    print(f"who checks, and gives up after {' / '.join(map(str, solved))} misses, solves "
-          f"{' / '.join(f'{100 * n / len(attempts):.1f}' for n in solved.values())} % of such "
-          f"puzzles")
+    solved = [100 * sum(n < patience for n in missed) / len(missed) for patience in (3, 12, 18, 30)]
+    print(f"who checks, and gives up after 3 / 12 / 18 / 30 misses, solves "
+          f"{' / '.join(f'{share:.1f}' for share in solved)} % of such puzzles")
 
 
 if __name__ == "__main__":

@@ -103,8 +103,7 @@ class GRPOConfig:
     mask_truncated: bool = opt(False, "truncated completions are left out of the loss, though they "
                                "count in their group's mean")
     dynamic_sampling: int = opt(0, "extra rounds, at most, that replace groups whose rewards are "
-                                "all equal (DAPO)",
-                                least=0, most=1000)
+                                "all equal (DAPO)", least=0, most=1000)
     skip_equal: bool = opt(False, "completions whose advantage is 0 are left out of the update, as "
                            "they always are if kl_coef is 0: faster late in a run, but the KL "
                            "no longer holds them")
@@ -115,7 +114,6 @@ class GRPOConfig:
     max_grad_norm: float = opt(1.0, "gradients are clipped to this norm", above=0)
 
     def rules(self):
-        """Raises UserError if a rollout cannot be split into so many minibatches."""
         samples = self.prompts_per_step * self.group_size
         if self.minibatches > samples:
             raise UserError(f"minibatches={self.minibatches} is more than a step's completions, "

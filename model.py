@@ -508,12 +508,10 @@ def sampling_copy(model, dtype):
     return copy.deepcopy(model).requires_grad_(False).to(dtype)
 
 
-@torch.no_grad()
 def sync_weights(sampler, model):
     """Brings a sampling copy up to date."""
     if sampler is not model:
-        for a, b in zip(sampler.parameters(), model.parameters(), strict=True):
-            a.copy_(b)
+        sampler.load_state_dict(model.state_dict())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -664,14 +662,13 @@ def atomic_write(path):
             yield f
             f.flush()
             os.fsync(f.fileno())
-        for wait in (0.1, 0.5, 2, 0):  # on Windows it fails while a virus scanner, say, reads it
-            try:
+        for wait in (0.1, 0.5, 2):  # on Windows it fails while a virus scanner, say, reads it
+            with suppress(PermissionError):
                 os.replace(path + ".tmp", path)
                 break
-            except PermissionError:
-                if not wait:
-                    raise
-                time.sleep(wait)
+            time.sleep(wait)
+        else:
+            os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as e:  # the latter is what torch.save makes of a full disk
         why = e.strerror if isinstance(e, OSError) else "is the disk full?"
         raise UserError(f"cannot write {path} ({why or e}); it is unchanged") from None
@@ -785,6 +782,11 @@ def read_json(path):
     """The object in a JSON file. Raises UserError if there is none."""
     with reading(path, "a JSON object"), open(path, encoding="utf-8") as f:
         return dict(json.load(f))
+
+
+def write_json(path, value):
+    with atomic_write(path) as f:
+        f.write(json.dumps(value, indent=1).encode())
 
 
 def config_from_hf(hf):
@@ -941,5 +943,4 @@ def save_pretrained(model, folder, source="", dtype=None):
         f.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():
             f.write(t.cpu().contiguous().view(torch.uint8).numpy())
-    with atomic_write(os.path.join(folder, "config.json")) as f:
-        f.write(json.dumps(hf, indent=2).encode())
+    write_json(os.path.join(folder, "config.json"), hf)

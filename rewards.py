@@ -38,7 +38,6 @@ class RewardConfig:
     w_harmless: float = opt(0.0, "weight of declining unsafe requests")
 
     def rules(self):
-        """Raises UserError if no reward has a weight."""
         if not any(vars(self).values()):
             raise UserError("all reward weights are 0: set --w_accuracy, or another, above 0")
 

@@ -46,6 +46,7 @@ from model import (
     reading,
     sampling_copy,
     validate,
+    write_json,
 )
 from rewards import RewardConfig, RewardModel
 
@@ -57,7 +58,7 @@ from rewards import RewardConfig, RewardModel
 class SampleConfig:
     out_dir: str = opt("out", "folder that everything is written to")
     seed: int = opt(1, "every random choice follows from it, but those of evaluations, which are "
-                    "the same for all", least=0, most=2**63 - 1)
+                    "the same for all", least=0)
     device: str = opt("auto", "cpu, cuda, cuda:1, or auto: cuda where there is one")
     threads: int = opt(0, "CPU threads; 0 = one per core", least=0, most=1024)
     matmul: str = opt("auto", "what multiplies matrices on a CPU; auto: the faster one here",
@@ -453,11 +454,6 @@ def read_lines(path):
     return lines
 
 
-def write_json(path, value):
-    with atomic_write(path) as f:
-        f.write(json.dumps(value, indent=1).encode())
-
-
 def read_results(folder):
     """{task: its results} of an evaluation, {} if there was none."""
     path = os.path.join(folder, "eval.json")
@@ -491,7 +487,7 @@ class AskConfig:
     only_right: bool = opt(False, "with --to: keep right samples only (rejection sampling)")
     temperature: float = opt(1.0, "0 takes the likeliest token", least=0)
     max_new_tokens: int = opt(0, "longest completion, in tokens; 0 = as in training", least=0)
-    seed: int = opt(1, "of the samples", least=0, most=2**63 - 1)
+    seed: int = opt(1, "of the samples", least=0)
     device: str = opt("auto", "cpu, cuda, cuda:1, or auto: cuda where there is one")
 
     def rules(self):
@@ -501,9 +497,8 @@ class AskConfig:
             raise UserError("--numbers and --target, which is 0 or more, go together")
         if self.question and self.numbers:
             raise UserError("--question and --numbers are two problems: leave out one of them")
-        for name, is_set in (("only_right", self.only_right), ("problems", self.problems)):
-            if is_set and not self.to:
-                raise UserError(f"--{name} needs --to=FILE.jsonl")
+        if (self.only_right or self.problems) and not self.to:
+            raise UserError("--only_right or --problems needs --to=FILE.jsonl")
         if self.to and (self.question or self.numbers or self.vs):
             raise UserError("--to writes answers to training problems: leave out --question, "
                             "--numbers and --vs")
@@ -620,8 +615,8 @@ def show_answers(given):
     path, problems, shown, settings = ask(args, given, "")
     width, columns = max(30, shutil.get_terminal_size((120, 0)).columns // 2 - 2), [shown]
     if args.vs:
-        own = [] if args.ckpt else ["init_from"]
-        given = {name: value for name, value in given.items() if name not in own}
+        if not args.ckpt:
+            given.pop("init_from", None)
         _, others, shown, _ = ask(args, given, args.vs, settings)
         if problems != others:
             raise UserError(f"{path} and {args.vs} were trained on different problems: "

@@ -72,14 +72,7 @@ from model import (
     validate,
 )
 from rewards import Environment, RewardConfig, RewardModel
-from sample import (
-    REAL_DEFAULTS,
-    SampleConfig,
-    read_lines,
-    read_results,
-    write_json,
-    write_lines,
-)
+from sample import REAL_DEFAULTS, SampleConfig, read_lines, read_results, write_json, write_lines
 
 # ------------------------------------------------------------------------------------------------
 # Settings
@@ -108,11 +101,9 @@ class TrainConfig:
     general_replies: int = opt(600, "scripted replies to general requests, for dev3", least=1)
     label_noise: float = opt(0.1, "share of preferences that are wrong", least=0, most=0.5)
     autocast: str = opt("auto", "training's matrix products in bfloat16; auto: on GPUs that "
-                        "compute in it",
-                        choices=("auto", "on", "off"))
+                        "compute in it", choices=("auto", "on", "off"))
     ref_dtype: str = opt("auto", "weights of the reference; auto: bfloat16 on GPUs that compute "
-                         "in it",
-                         choices=("auto", "float32", "bfloat16"))
+                         "in it", choices=("auto", "float32", "bfloat16"))
     checkpointing: bool = opt(False, "recompute activations in the backward pass: less memory")
     compile: bool = opt(False, "torch.compile the transformer for training")
     save_every: int = opt(20, "GRPO steps between checkpoints; supervised: ten times that", least=1)
@@ -162,8 +153,7 @@ def stage_config(stage, given, tok):
     if folder:
         model = config_from_hf(read_json(os.path.join(folder, "config.json")))
         cfg.model = replace(model, context=min(model.context, cfg.model.context))
-        given = {key: value for key, value in given.items() if key != "context"}
-        refuse_shape(given, cfg.model, folder)
+        refuse_shape({**given, "context": cfg.model.context}, cfg.model, folder)
     elif cfg.data.data:
         raise UserError("--data needs --init_from=FOLDER: the toy base cannot read such questions")
     elif cfg.train.base_length > cfg.model.context:
@@ -285,8 +275,6 @@ class Run:
         self.steps = cfg.settings()[steps]
         self.seconds, self.skipped, self.rows, self.stopping = 0.0, 0, 0, False
         self.files = contents(cfg)
-        self.began, self.ended = time.time(), 0.0  # when it was trained at first, and at last
-        self.cut_short = ""  # said of a stage that ended early
         self.dir, self.saved = os.path.join(cfg.sample.out_dir, name), {"step": 0}
         os.makedirs(self.dir, exist_ok=True)
         if os.path.exists(self.path("ckpt.pt")):
@@ -308,13 +296,12 @@ class Run:
                                 f"{' and '.join(other)}: choose another --out_dir")
             if other := [path for path in other if os.path.exists(path)]:
                 print(f"{name}: has learnt from other contents of {' and '.join(other)}")
-            self.began = self.saved.get("began", self.began)
-            self.ended = self.saved.get("ended", self.ended)
-            self.cut_short = cut_short(self.saved, steps)
-        elif name == "base" and cfg.train.base:
-            elsewhere = load_checkpoint(cfg.train.base)
-            self.ended = elsewhere.get("ended", 0.0)
-            self.cut_short = cut_short(elsewhere, steps)
+        trained = self.saved
+        if name == "base" and cfg.train.base and not trained["step"]:
+            trained = load_checkpoint(cfg.train.base)
+        # When it was first trained, and last; what to say if that ended early.
+        self.began, self.ended = self.saved.get("began", time.time()), trained.get("ended", 0.0)
+        self.cut_short = cut_short(trained, steps)
         # Checkpoints say what "auto" meant. A resumed run and all later sampling keep that dtype,
         # because RL moves weights by less than bfloat16 can represent.
         then = self.saved.get("settings", {})
@@ -382,9 +369,9 @@ class Run:
         if train.lora_rank and adapters and self.stage.kind != "base":
             _, generator = generators(self.seed, self.name, "adapters")
             add_lora(model, train.lora_rank, train.lora_alpha, generator)
-        model.autocast = sample.use_bf16(self.cfg.train.autocast, self.device)
-        model.checkpointing = self.cfg.train.checkpointing
-        if self.cfg.train.compile:
+        model.autocast = sample.use_bf16(train.autocast, self.device)
+        model.checkpointing = train.checkpointing
+        if train.compile:
             model.compiled_trunk = torch.compile(model.trunk, dynamic=True)
             with reading("--compile=true", "possible here"):  # it compiles when it is first called
                 model.hidden(torch.zeros(2, 2, dtype=torch.long, device=self.device))
@@ -573,8 +560,8 @@ def train_dev1(run):
 
 
 def train_dev3(run):
-    """Rejection sampling: the base, not dev2, learns from dev2's traces and scripted replies. What
-    dev2 has learnt reaches it through the samples that pass the filters alone, as in the paper."""
+    """Rejection sampling: the base, not dev2, learns from those of dev2's traces that pass all
+    filters, and from scripted replies, as in the paper."""
     train_sft(run, list(FILTERS), replies=run.cfg.train.general_replies)
 
 
@@ -759,7 +746,6 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it. Numbers:
     "reward_model": Stage(train_reward_model, "pairs", "dev3", "dev3", {
         "source_problems": 3000, "sft_steps": 800, "sft_rows": 32}),
     # No division by the std: a reward model's scores never tie, and their noise would be blown up.
-    # r1_hacked, below, divides, and takes more and larger steps as well.
     "r1": Stage(train_rl, "rl", "dev3", "reward_model", {
         **ALL_SCENARIOS, "rl_steps": 30, "rl_lr": 1e-4, "adv_norm": "none"}),
     "small_base": Stage(train_base, "base", None, None, SMALL),
@@ -767,9 +753,9 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it. Numbers:
         **SMALL, "mix": "task:4,chat:1,unsafe:1", "source_problems": 7200, "source_samples": 1,
         "sft_steps": 1200, "sft_lr": 2e-3, "sft_rows": 32}),
     "small_zero": Stage(train_rl, "rl", "small_base", None, SMALL),
-    # Experiments: dev2 without its language reward, r1 with more and larger steps, emoji. The last
-    # does not divide by the std: in a group that is all right a missing emoji would count like a
-    # wrong answer.
+    # Experiments: dev2 without its language reward; r1 divided by the std, with more and larger
+    # steps; emoji, not divided: in a group that is all right a missing one would count like a wrong
+    # answer.
     "dev2_free": Stage(train_rl, "rl", "dev1", None, SHORT_RL),
     "r1_hacked": Stage(train_rl, "rl", "dev3", "reward_model", {
         **ALL_SCENARIOS, "rl_steps": 36, "rl_lr": 5e-4}),
@@ -837,7 +823,7 @@ def check_stages(stages, words, given):
 def run_stage(name, given, asked=True, earlier=None):
     """Trains and evaluates a stage unless that is done -> its Run. Raises UserError if one of the
     `earlier` stages {name: Run} that it grew from was trained again, or on, since then."""
-    run, is_rm, base = Run(name, given, asked), name == "reward_model", given.get("base")
+    run, base = Run(name, given, asked), given.get("base")
     for other in (run.stage.parent, run.stage.source):
         if other in (earlier or {}) and earlier[other].ended > run.began:
             raise UserError(f"{run.dir} grew from an earlier {other}: delete it and the stages "
@@ -874,7 +860,7 @@ def run_stage(name, given, asked=True, earlier=None):
     found = read_results(run.dir)
     # Else it was asked in passing, or by `eval` with settings that are neither the run's nor these.
     asked = [sample.how_asked(settings, of) for settings in (now, then)]
-    if is_rm:
+    if name == "reward_model":
         if "pairs" not in found:
             evaluate_reward_model(run, run.load(name, RewardModel))
     elif not all("pass@1_greedy" in found.get(task, {}) and found[task].get("asked") in asked
@@ -1113,8 +1099,8 @@ def parse(argv):
 
 def print_next(run, results, given):
     """Where everything lies, and what a newcomer may want to do with it."""
-    print(f"{run.dir} holds the checkpoint, its log (metrics.jsonl), rollouts (rollouts.jsonl), "
-          f"the evaluation (eval.json) and its samples (samples.jsonl). Next:")
+    print(f"{run.dir} holds the checkpoint, its log (metrics.jsonl), rollouts.jsonl, and the "
+          f"evaluation (eval.json, samples.jsonl). Next:")
     join = subprocess.list2cmdline if os.name == "nt" else shlex.join  # quotes what needs quotes
     ckpt, out_dir = run.path("ckpt.pt"), run.cfg.sample.out_dir
     base = run.cfg.train.base or os.path.join(out_dir, "base", "ckpt.pt")
