@@ -1193,6 +1193,25 @@ def test_any_later_stage_resumes(whole, tmp_path, monkeypatch, lenient, stage):
     assert a == b
 
 
+def test_ctrl_c_waits_for_a_step_only_once_steps_have_begun(whole, tmp_path, monkeypatch, lenient):
+    out, seen = tmp_path / "out", {}
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "dev1")
+    answer, loss = sample.sample_answers, train.next_token_loss
+
+    def look(name, function):
+        def looking(*args):
+            seen.setdefault(name, signal.getsignal(signal.SIGINT))
+            return function(*args)
+        return looking
+
+    monkeypatch.setattr(sample, "sample_answers", look("sampling", answer))
+    monkeypatch.setattr(train.supervise, "__defaults__", (look("steps", loss),))
+    run(out, "dev1", tiny=PIPELINE)
+    assert seen["sampling"] == signal.default_int_handler == signal.getsignal(signal.SIGINT)
+    assert seen["steps"].__name__ == "stop_after_step"
+
+
 def test_no_row_on_the_terminal_is_wider_than_110_columns(whole, tmp_path, lenient, capsys):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
