@@ -37,9 +37,10 @@ have its advantage A (o_<t: the tokens before). Then
 
 At the first optimiser step on a rollout pi = pi_old: rho_t is 1, nothing is clipped, and since the
 gradient of rho_t is then that of log pi, the gradient of -L_t is A grad log pi, the identity above
-with A for r - b. It is not exactly grad E[r]: the mean of the group includes r itself, which makes
-it smaller by (G - 1) / G; dividing by the std weights problems unequally, and the mean over a
-completion's own tokens completions (Dr. GRPO, arXiv 2503.20783, does without the last two).
+with A for r - b. It is not exactly grad E[r]: the mean of the group includes r itself, which scales
+the expected gradient by (G - 1) / G; dividing by the std weights problems unequally; taking the
+mean over a completion's own tokens weights completions unequally (Dr. GRPO, arXiv 2503.20783, does
+without the last two).
 The clip stops pushing a token once its ratio has moved by eps in the direction that A asks for.
 beta keeps the policy near the reference while it chases the reward.
 
@@ -242,7 +243,7 @@ def optimiser_step(policy, ref, optimizers, batch, cfg):
     batch = [sample for sample in batch if not (cfg.mask_truncated and sample.truncated)]
     batch.sort(key=len, reverse=True)  # rows of like length together: little padding
     n_tokens = torch.tensor([len(sample.ids) for sample in batch])
-    # Weights first, filtering after. Equation (5) divides by all completions, also by those left
+    # Weights before this second filter: equation (5) divides by all completions, also by those left
     # out below because an advantage of 0 gives no gradient; and the gradients of micro-batches
     # have to add up to that of the batch.
     weights = token_weights(n_tokens, N, cfg)

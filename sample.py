@@ -345,19 +345,19 @@ ASKED = [*(f.name for f in fields(DataConfig) if f.name not in ("task", "mix")),
 
 
 def how_asked(settings, of=None):
-    """What an evaluation's figures depend on: which settings are not the defaults, and, `of` a
-    model that was trained elsewhere, where and when."""
+    """Those of the settings ASKED that are not the defaults: evaluations that are equal in these
+    can be compared. `of`: [path, time] of a model that was trained elsewhere."""
     default = Config().settings()
     asked = {key: settings[key] for key in ASKED if settings[key] != default[key]}
     return {**asked, "of": of} if of else asked
 
 
 def evaluate_tasks(model, tok, cfg, folder, of=None, requests=False):
-    """Held-out problems of cfg.data.tasks(), sampled at the training temperature, at the paper's
-    0.6 and greedily, into FOLDER/eval.json and samples.jsonl. A toy model is asked a twentieth as
-    many problems of every other task as well, or up to 100 with --task=all and, if it has learnt
-    from such (`requests`), of general requests; unless FOLDER holds more about it. `of`: see
-    `how_asked`."""
+    """Held-out problems of cfg.data.tasks(), sampled at the training temperature (these samples go
+    into FOLDER/samples.jsonl), at the paper's 0.6 and greedily, into FOLDER/eval.json. A toy model
+    is asked a twentieth as many problems of every other task as well, or up to 100 with --task=all
+    and, if it has learnt from such (`requests`), of general requests; unless FOLDER holds more
+    about it. `of`: see `how_asked`."""
     main, k, n = cfg.data.tasks(), cfg.sample.eval_samples, cfg.data.eval_problems
     asked, samples, tasks = how_asked(cfg.settings(), of), [], dict.fromkeys(main, n)
     results = {task: found for task, found in read_results(folder).items()
@@ -386,7 +386,8 @@ def evaluate_tasks(model, tok, cfg, folder, of=None, requests=False):
         results |= win_rates(samples, tok, os.path.join(folder, os.pardir))
     path = os.path.join(folder, "samples.jsonl")
     earlier = read_lines(path) if os.path.exists(path) else []
-    write_lines(path, samples + [line for line in earlier if line.get("task") not in tasks])
+    kept = set(results) - set(tasks)
+    write_lines(path, samples + [line for line in earlier if line.get("task") in kept])
     write_json(os.path.join(folder, "eval.json"), results)  # last: it says that all is done
 
 

@@ -801,17 +801,23 @@ def check_stages(stages, words, given):
     if "sft" in stages and not traces:
         raise UserError("sft needs --traces=FILE.jsonl")
     tok, out_dir = data.load_tokenizer(folder), given.get("out_dir", SampleConfig.out_dir)
-    judge = os.path.join(out_dir, "reward_model", "ckpt.pt")
-    for name in stages:
+    judge, will_be_trained = os.path.join(out_dir, "reward_model", "ckpt.pt"), set()
+    for i, name in enumerate(stages):
         stage = stage_of(name, given)
         cfg = stage_config(stage, given, tok)
         longest_prompt(cfg, tok)
         if name == "sft":
             data.read_traces(traces, tok, cfg.data)
-        if os.path.exists(os.path.join(out_dir, name, "ckpt.pt")):
+        saved = os.path.exists(os.path.join(out_dir, name, "ckpt.pt"))
+        if saved:
             with redirect_stdout(None):  # raises if it was trained with other settings
-                Run(name, given, name in words)
-        if stage.kind == "rl" and judged(cfg) and "reward_model" not in stages:
+                run = Run(name, given, name in words)
+            for other in {stage.parent, stage.source} & will_be_trained:
+                raise grew_from_an_earlier(other, run)
+        elsewhere = name == "base" and (folder or cfg.train.base)
+        if not elsewhere and not (saved and run.saved["step"] >= run.steps):
+            will_be_trained.add(name)
+        if stage.kind == "rl" and judged(cfg) and "reward_model" not in stages[:i]:
             fault = ", which is not there"
             if os.path.exists(judge):
                 fault = cut_short(load_checkpoint(judge), "sft_steps")
@@ -820,14 +826,18 @@ def check_stages(stages, words, given):
                                 f"train.py reward_model makes it")
 
 
+def grew_from_an_earlier(other, run):
+    return UserError(f"{run.dir} grew from an earlier {other}: delete it and the stages after it, "
+                     f"or choose another --out_dir")
+
+
 def run_stage(name, given, asked=True, earlier=None):
     """Trains and evaluates a stage unless that is done -> its Run. Raises UserError if one of the
     `earlier` stages {name: Run} that it grew from was trained again, or on, since then."""
     run, base = Run(name, given, asked), given.get("base")
     for other in (run.stage.parent, run.stage.source):
         if other in (earlier or {}) and earlier[other].ended > run.began:
-            raise UserError(f"{run.dir} grew from an earlier {other}: delete it and the stages "
-                            f"after it, or choose another --out_dir")
+            raise grew_from_an_earlier(other, run)
     of, now = None, run.cfg.settings()
     then = {**now, **run.saved.get("settings", {})}
     if name == "base" and (run.cfg.sample.init_from or base):
@@ -858,7 +868,8 @@ def run_stage(name, given, asked=True, earlier=None):
             handle_ctrl_c(signal.default_int_handler)
         plot_curves(run.dir)
     found = read_results(run.dir)
-    # Else it was asked in passing, or by `eval` with settings that are neither the run's nor these.
+    # Asked again, unless this is an evaluation in full (what is asked in passing has no greedy
+    # answers) with the settings that the run was trained with, or with these.
     asked = [sample.how_asked(settings, of) for settings in (now, then)]
     if name == "reward_model":
         if "pairs" not in found:

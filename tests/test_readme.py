@@ -77,7 +77,7 @@ def test_the_figures_in_the_readmes_first_lines_are_those_of_the_seeds():
         return f"{min(found):.1f}–{max(found):.1f}"
 
     want = (f"from {span('base', 'pass@1')} % to {span('zero', 'pass@1')} % ({len(runs)} seeds; "
-            f"with tags left aside the base has {span('base', 'pass@1_untagged')} %)")
+            f"with tags left aside the base has {span('base', 'pass@1_untagged')} %:")
     assert want in " ".join(README.split())
 
 
@@ -118,7 +118,7 @@ def test_the_figures_in_the_readmes_prose_are_in_the_results_file():
     habits = [results.span([run["stages"][stage]["countdown"]["all_habits"] for name, run
                             in found["runs"].items() if name.startswith("seed")])
               for stage in ("base", "zero")]
-    assert f"all three; {habits[0]} % of the base's samples do, and {habits[1]} % of" in prose
+    assert f"`); {habits[0]} % of the base's samples do, and {habits[1]} % of zero's" in prose
     sums = {tuple(row[:2]): re.sub(r" \([^)]*\)", "", row[3])
             for row in found["earlier"]["sums"]["rows"]}
     as_it_came = sums["as it came", ""].removesuffix(".0 %")
@@ -177,7 +177,7 @@ def test_the_controls_that_the_readme_names_hold_in_every_run():
     for said, claim in (
             ("Rewards shuffled within each group", "rewards shuffled within each group"),
             ("The format reward alone", "format reward alone: tags"),
-            ("ends within a point of zero", "accuracy reward alone: within a point of zero"),
+            ("ends within a point of the stage", "accuracy reward alone: within a point of zero"),
             ("Without division by length and std", "without division by length and std"),
             ("Thinking closed by force", "the answer comes from the search"),
             ("RL on arithmetic, logic and code helps", "RL on arithmetic, logic and code helps")):

@@ -568,6 +568,21 @@ def test_a_stage_that_another_setting_contradicts_is_found_before_any_training(
     argv = [*ZERO, "--kl_coef=0.5", f"--out_dir={tmp_path}"]
     assert "kl_coef=0.001, not 0.5" in refusal(train.main, argv, capsys)
     assert not (tmp_path / "base").exists()
+    argv = [*ZERO, f"--out_dir={tmp_path}"]  # a base trained now is not the one that it grew from
+    assert "grew from an earlier base" in refusal(train.main, argv, capsys)
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_parent_that_would_be_trained_on_is_found_before_that(whole, tmp_path, capsys, lenient):
+    shutil.copytree(whole, tmp_path / "out")
+    before = weights(tmp_path / "out" / "zero")
+    argv = [*PIPELINE, "zero", "dev1", "--rl_steps=9", f"--out_dir={tmp_path}/out"]
+    assert "grew from an earlier zero" in refusal(train.main, argv, capsys)
+    assert torch.equal(weights(tmp_path / "out" / "zero"), before)
+    # A reward model that is made later is none yet.
+    argv = [*PIPELINE, "r1", "--w_preference=1", "--mix=task:1,chat:1"]
+    argv += [f"--out_dir={tmp_path}/new"]
+    assert "zero: w_preference needs a reward model" in refusal(train.main, argv, capsys)
 
 
 def test_a_base_without_a_step_can_be_built_upon(finished, tmp_path):

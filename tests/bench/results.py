@@ -472,7 +472,7 @@ def claims(results):
          lambda of: after_dev3(of, "r1"),
          lambda s: s["r1"]["win_rate"]["gold"] >= 0.6 and abs(happier(s, "r1")) < 0.05
          and s["r1"]["unsafe"]["pass@1_ci"][0] > s["dev3"]["unsafe"]["pass@1_ci"][1]],
-        ["RL for all scenarios costs nothing: r1's pass@1 in chat and in each task is not below "
+        ["RL for all scenarios costs nothing, r1's pass@1 in chat and in each task is not below "
          "dev3's 95 % interval", recipe,
          lambda of: f"chat {get(of, 'dev3', task='chat')} → {get(of, 'r1', task='chat')}; tasks "
          f"{four(of, 'dev3')} → {four(of, 'r1')} %",
