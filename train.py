@@ -269,7 +269,6 @@ class Run:
         self.name, self.stage = name, stage_of(name, given)
         self.tok = data.load_tokenizer(given.get("init_from", ""))
         self.cfg = cfg = stage_config(self.stage, given, self.tok)
-        self.prompt_len, self.shared_len = longest_prompt(cfg, self.tok)
         self.seed, self.device = cfg.sample.seed, sample.find_device(cfg.sample.device)
         steps = {"base": "base_steps", "rl": "rl_steps"}.get(self.stage.kind, "sft_steps")
         self.steps = cfg.settings()[steps]
@@ -934,7 +933,8 @@ def return_memory():
 
 def print_memory(run):
     """What RL will take, and what there is. A toy needs no such line."""
-    always, moments = memory_plan(run.cfg, run.prompt_len, run.device, run.shared_len)
+    prompt_len, shared_len = longest_prompt(run.cfg, run.tok)
+    always, moments = memory_plan(run.cfg, prompt_len, run.device, shared_len)
     need = sum(always.values()) + max(moments.values())
     if need < 2**30 and not run.cfg.sample.init_from:
         return
