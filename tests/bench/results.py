@@ -472,8 +472,8 @@ def claims(results):
          lambda of: after_dev3(of, "r1"),
          lambda s: s["r1"]["win_rate"]["gold"] >= 0.6 and abs(happier(s, "r1")) < 0.05
          and s["r1"]["unsafe"]["pass@1_ci"][0] > s["dev3"]["unsafe"]["pass@1_ci"][1]],
-        ["RL for all scenarios costs nothing, r1's pass@1 in chat and in each task is not below "
-         "dev3's 95 % interval", recipe,
+        ["RL for all scenarios costs nothing (r1's pass@1 in chat and in each task is not below "
+         "dev3's 95 % interval)", recipe,
          lambda of: f"chat {get(of, 'dev3', task='chat')} → {get(of, 'r1', task='chat')}; tasks "
          f"{four(of, 'dev3')} → {four(of, 'r1')} %",
          lambda s: {task: s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
@@ -623,8 +623,8 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
      "at most; over all by 80 or more (the figures are means)",
      points_of("budget", "zero"),
      lambda run, t: rises(run["budget"][t]["zero"].values(), 0.01, 0.8)),
-    ("cooler", "much of the skill is in the base's likeliest continuations, 80 % right or more at "
-     "T = 0.05, tags left aside (threshold set after seed 1)",
+    ("cooler", "much of the skill is in the base's likeliest continuations (80 % right or more at "
+     "T = 0.05, tags left aside; threshold set after seed 1)",
      both(ends("cooler", "base, tags left aside"), "tags demanded", ends("cooler", "base")),
      lambda run, t: run["cooler"][t]["base, tags left aside"]["0.05"] >= 0.8),
     ("cooler", "what RL adds is more than a lower temperature: at T = 1 zero, tags demanded, is "
@@ -637,7 +637,7 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
      ends("accuracy", "pass@1"),
      lambda run, t: rises(run["accuracy"][t]["pass@1"].values(), 0.03, 0.75)),
     ("unread", "a small base that has read no patient author learns more from r1's traces than by "
-     "RL, in each task distill's 95 % interval wholly above that of small_zero",
+     "RL (in each task distill's 95 % interval lies wholly above that of small_zero)",
      small_models,
      lambda run, t: run["distill"][t]["pass@1_ci"][0] > run["small_zero"][t]["pass@1_ci"][1]),
 ]
