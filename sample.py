@@ -329,7 +329,7 @@ def evaluate(model, tok, problems, k, cfg, temperature):
     half = 1.96 * var ** 0.5 if m > 1 else 1.0
     if mean in (0.0, 1.0):  # no spread to estimate it from: the exact (Clopper-Pearson) interval
         half = 1 - 0.025 ** (1 / m)
-    elif not half:  # all alike: as wide as if each were right or wrong as a whole
+    elif not half:  # the same share of each: as wide as if each were right or wrong as a whole
         half = 1.96 * (mean * (1 - mean) / m) ** 0.5
     metrics = {"pass@1": mean, "pass@1_ci": [max(0.0, mean - half), min(1.0, mean + half)],
                f"pass@{k}": sum(pass_at_k(k, int(c), k) for c in right.sum(dim=1)) / n,

@@ -252,16 +252,18 @@ def with_seeds(names):
 
 
 def made_on(results):
-    """Which runs were made with which commit, on which CPU."""
+    """Which runs were made with which commit, on which CPU, with how many threads."""
     about, found = results["about"], {}
     for name, run in results["runs"].items():
         for command, made in run["made"].items():
             control = re.search(r"evidence.py (\w+)", command)
             label = f"{control[1]}, {name}" if control else name
-            key = made["commit"], *(made.get(key, about[key]) for key in ("cpu", "torch"))
+            threads = re.search(r"--threads=(\d+)", command)
+            key = made["commit"], *(made.get(key, about[key]) for key in ("cpu", "torch")), (
+                threads[1] if threads else "one per core")
             found.setdefault(key, {})[label] = True
     rows = [[*key, with_seeds(labels)] for key, labels in found.items()]
-    return f"One thread per run, fp32.\n\n{table(['commit', 'CPU', 'torch', 'runs'], rows)}"
+    return "All in fp32.\n\n" + table(["commit", "CPU", "torch", "threads", "runs"], rows)
 
 
 def stages_table(runs):
