@@ -1106,7 +1106,7 @@ def end_tokens(folder, special):
 
 def documents_read(cfg, tok, rng, steps):
     """Yields the documents that so many steps of the base read. Not the same as documents written:
-    packing leaves out short ones, whose authors do not check."""
+    packing leaves out some short ones, most of them by authors who do not check."""
     for _ in range(steps):
         rows, _ = corpus_batch(cfg, tok, rng, 12, 353)  # base_rows, base_length + 1
         for row in rows.tolist():
