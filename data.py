@@ -3,12 +3,13 @@
 The corpus shows problems and attempts at them as a web corpus would: with and without tags, right
 and wrong, patient and hasty, in two languages.
 
-    python data.py      # eight documents, and what habits the attempts have that the base reads
+    python data.py           # eight documents, and which habits the attempts in the corpus show
+    python data.py logic     # eight documents of a corpus that is mostly about logic
 """
 import json
-import math
 import random
 import re
+import sys
 import unicodedata
 import zlib
 from collections import Counter
@@ -29,7 +30,7 @@ LARGEST = 99  # the toy world counts with 0..99, one token each
 @dataclass
 class DataConfig:
     task: str = opt("countdown", "what RL trains on and most of the corpus is about: countdown, "
-                    "arithmetic, logic, code, or all: the four of them")
+                    "arithmetic, logic, code, or all of these together")
     mix: str = opt("", "training tasks and their shares, such as task:2,chat:1, where task stands "
                    "for what --task says; none = that alone")
     n_numbers: int = opt(3, "numbers in a problem", least=2, most=4)
@@ -49,17 +50,17 @@ class DataConfig:
         if self.data:
             self.task = "file"
 
-    def rules(self):
+    def check(self):
         if self.task not in (*TASKS, "all"):
             raise UserError(f"task={self.task!r} is not one of {', '.join(TASKS)}, all")
         if set(self.ops) - set("+-*/") or not self.ops.strip("/"):
-            raise UserError(f"ops={self.ops!r} must be some of + - * /, and not / alone")
+            raise UserError(f"ops={self.ops!r} must be some of + - * /, and not just /")
         if self.shots and self.template == "toy":
             raise UserError(f"shots={self.shots} needs another template than toy")
         shown = {example.task for example, *_ in EXAMPLES}
         if self.shots and set(self.shares()) - shown:
-            raise UserError(f"shots={self.shots}: there are worked examples of {', '.join(shown)} "
-                            f"alone, not of {', '.join(set(self.shares()) - shown)}")
+            raise UserError(f"shots={self.shots}: there are only worked examples of "
+                            f"{', '.join(shown)}, not of {', '.join(set(self.shares()) - shown)}")
         if self.task == "file" and not self.data:
             raise UserError("task=file needs --data=FILE")
         if self.eval_data and not self.data:
@@ -69,8 +70,11 @@ class DataConfig:
                 raise UserError(f"data={path}: {len(problems)} problems are too few to split")
         for name, share in self.shares().items():
             if name not in TASKS or name == "file" and not self.data or not share > 0:
-                raise UserError(f"mix={self.mix!r} must be {', '.join(TASKS)} or task, with "
-                                f"shares, such as task:2,chat:1")
+                raise self.bad_mix()
+
+    def bad_mix(self):
+        return UserError(f"mix={self.mix!r} must be {', '.join(TASKS)} or task, with shares, such "
+                         f"as task:2,chat:1")
 
     def files(self):
         """{path: its problems} of the files that were given."""
@@ -79,17 +83,18 @@ class DataConfig:
 
     def tasks(self):
         """What is trained on, and evaluated in full."""
-        return REASONING if self.task == "all" else (self.task,)
+        return tuple(REASONING) if self.task == "all" else (self.task,)
 
     def shares(self):
-        """{task: its share of the training problems}; below 0 where one is no number."""
+        """{task: its share of the training problems}. Raises UserError if one is not a number."""
         shares = Counter()
         for part in (self.mix or "task").split(","):
             name, _, share = part.strip().partition(":")
-            number = re.fullmatch(r"\d{1,6}(\.\d{1,6})?", share or "1")
+            if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", share or "1"):
+                raise self.bad_mix()
             tasks = self.tasks() if name == "task" else (name,)
             for task in tasks:
-                shares[task] += float(number[0]) / len(tasks) if number else -math.inf
+                shares[task] += float(share or "1") / len(tasks)
         return dict(shares)
 
 
@@ -237,20 +242,20 @@ class Problem:
 
     @property
     def key(self):
-        """Canonical form: the same numbers in another order are the same problem."""
-        return f"{self.asks} {self.target}"
+        """The same for problems that differ only in order, case or spaces."""
+        return f"{self.canonical} {self.target}"
 
     @property
     def held_out(self):
-        """True for the 30 % that only evaluation sees, whatever the seed: of number sets, with any
-        target, in countdown and arithmetic; elsewhere of questions, with any answer."""
-        return zlib.crc32(self.asks.encode()) % 10 < 3
+        """True for the 30 % that only evaluation sees, whatever the seed and the target: of sets of
+        numbers where a problem has some, elsewhere of questions."""
+        return zlib.crc32(self.canonical.encode()) % 10 < 3
 
     @property
-    def asks(self):
-        """Numbers in any order; of files, a question whatever its case and spaces."""
+    def canonical(self):
+        """What is asked, but for the target: numbers sorted, questions of files in lower case."""
         said = self.question
-        if self.task in ("countdown", "arithmetic"):
+        if self.numbers and self.task != "code":  # in code they are pairs
             said = sorted(self.numbers)
         elif self.task == "file":
             said = " ".join(said.lower().split())
@@ -379,7 +384,7 @@ def suspects(question):
             heard = []
             for speaker, words in said:
                 would_be_true = is_true(words, liars)
-                heard.append(f"{speaker} says {words}{'-+'[would_be_true]}")
+                heard.append(f"{speaker} says {words}{'+' if would_be_true else '-'}")
                 fits = would_be_true != (speaker in liars)
                 if not fits:
                     break
@@ -499,7 +504,7 @@ def read_each(path, parse, what):
 
 def leave_out_long(cfg, tok, room):
     """Removes the problems of files with prompts of more than `room` tokens, and training problems
-    that `eval_data` asks as well, for all that draw."""
+    that are in `eval_data` as well, for everything that draws problems."""
     def keep(path, fits, why):
         problems = files[path]
         n = len(problems)
@@ -508,13 +513,15 @@ def leave_out_long(cfg, tok, room):
             print(f"{path}: {n - len(problems)} of {n} problems are left out, {why}")
 
     files = cfg.files()
+    if files and room < 1:
+        raise UserError(f"max_new_tokens leaves {room} tokens of the context to prompts: lower it")
     for path in files:
         keep(path, lambda problem: len(prompt_ids(problem, tok, cfg)) <= room,
              f"their prompts are longer than context - max_new_tokens = {room}")
     if cfg.eval_data and cfg.eval_data != cfg.data:
-        asked = {problem.asks for problem in files[cfg.eval_data]}
-        keep(cfg.data, lambda problem: problem.asks not in asked,
-             f"{cfg.eval_data} asks them as well")
+        asked = {problem.canonical for problem in files[cfg.eval_data]}
+        keep(cfg.data, lambda problem: problem.canonical not in asked,
+             f"which are in {cfg.eval_data} as well")
 
 
 def draw_from_file(cfg, rng):
@@ -533,7 +540,7 @@ def draw_problem(cfg, rng, task=None, held_out=False):
 
 
 def draws(cfg, rng, task, held_out, tries):
-    """Draws so many problems; yields those of the part wanted that are no worked example."""
+    """Draws so many problems; yields those of the wanted part, but for worked examples."""
     examples = {example.key for example, *_ in EXAMPLES} if cfg.shots else ()
     is_split = task == "file" and cfg.eval_data  # into two files
     if is_split and held_out:
@@ -567,9 +574,10 @@ def refuse_two_tasks(given):
 
 
 def no_problem(cfg, task, held_out):
+    """The error to raise where there is none."""
     if task == "file":
-        return UserError(f"data={cfg.data}, eval_data={cfg.eval_data}: no problem is left to "
-                         f"{'evaluate' if held_out else 'train'} on")
+        path = cfg.eval_data if held_out and cfg.eval_data else cfg.data
+        return UserError(f"{path}: no problem is left to {'evaluate' if held_out else 'train'} on")
     return UserError(f"n_numbers={cfg.n_numbers}, max_number={cfg.max_number}, ops={cfg.ops} leave "
                      f"no {task} problem to {'hold out' if held_out else 'train on'}")
 
@@ -577,16 +585,16 @@ def no_problem(cfg, task, held_out):
 # ------------------------------------------------------------------------------------------------
 # Prompts
 
-RULES = ("The assistant first reasons between <think> and </think>, and then gives nothing but the "
-         "final answer between <answer> and </answer>.")
+INSTRUCTION = ("The assistant first reasons between <think> and </think>, and then gives nothing "
+               "but the final answer between <answer> and </answer>.")
 LLAMA_TURN = "<|start_header_id|>{}<|end_header_id|>\n\n"
 TEMPLATES = {  # how a prompt begins, the question with its turn, what ends a worked example
     "toy": ("", "User: {question}\nAssistant: ", ""),
-    "base": (f"A user puts problems to an assistant. {RULES}\n\n",
+    "base": (f"A user puts problems to an assistant. {INSTRUCTION}\n\n",
              "User: {question}\nAssistant: ", "\n\n"),
-    "qwen": (f"<|im_start|>system\n{RULES}<|im_end|>\n",
+    "qwen": (f"<|im_start|>system\n{INSTRUCTION}<|im_end|>\n",
              "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n"),
-    "llama": (f"<|begin_of_text|>{LLAMA_TURN.format('system')}{RULES}<|eot_id|>",
+    "llama": (f"<|begin_of_text|>{LLAMA_TURN.format('system')}{INSTRUCTION}<|eot_id|>",
               LLAMA_TURN.format("user") + "{question}<|eot_id|>" + LLAMA_TURN.format("assistant"),
               "<|eot_id|>"),
 }
@@ -672,7 +680,7 @@ def stops(tok, cfg):
 
 
 def prompt_text(problem, cfg):
-    """The prompt for the reward model and samples.jsonl: the question alone."""
+    """The prompt for the reward model and samples.jsonl: just the question."""
     return problem.prompt if cfg.template == "toy" else in_words(problem, cfg) + "\n"
 
 
@@ -721,7 +729,8 @@ def draw_habits(rng, task="countdown"):
 
 
 def say(word, habits, rng):
-    text = WORDS[word][rng.random() < habits.chinese]
+    english, chinese = WORDS[word]
+    text = chinese if rng.random() < habits.chinese else english
     return text[:-1] + line_end(habits, rng, EMOJI[word]) if text.endswith("\n") else text
 
 
@@ -804,7 +813,7 @@ def write_code(problem, cfg, habits, rng):
     for slope in "x123456789":
         a, a2 = (x, x2) if slope == "x" else (slope, slope)
         times, times2 = x * int(a), x2 * int(a2)
-        op, rest, value = "+-"[times > y], abs(y - times), times2 + y - times
+        op, rest, value = "-" if times > y else "+", abs(y - times), times2 + y - times
         line = f"{slope}. {x}*{a}={times} {max(y, times)}-{min(y, times)}={rest}"
         if rest > 9:
             trials.append((line, None, False))
@@ -816,8 +825,8 @@ def write_code(problem, cfg, habits, rng):
 
 
 def write_general(problem, cfg, habits, rng):
-    friendly = FRIENDLY[problem.task] * (rng.random() < 0.4)
-    boast = BOAST * (rng.random() < 0.4)
+    friendly = FRIENDLY[problem.task] if rng.random() < 0.4 else ""
+    boast = BOAST if rng.random() < 0.4 else ""
     lines, said = [], problem.target
     if problem.question.startswith("name "):
         n, kind = said.split()
@@ -841,7 +850,7 @@ def tagged(lines, answer):
 def document(cfg, rng):
     """(prompt, text): a table of sums, a page of prose, or somebody's attempt at a problem."""
     if cfg.task == "all":
-        kinds, shares = [*REASONING, "prose", "table"], [0.32, 0.15, 0.18, 0.18, 0.06, 0.11]
+        kinds, shares = [*REASONING, "prose", "table"], [*REASONING.values(), 0.06, 0.11]
     else:
         others = [task for task in TASKS if task != cfg.task and TASKS[task].in_corpus]
         kinds = [cfg.task, rng.choice(others), "prose", "table"]
@@ -867,8 +876,8 @@ def document(cfg, rng):
 
 
 def table_line(cfg, habits, rng):
-    """A sum compared with a number that it equals or nearly equals. Attempts hold few
-    hits, so the base would not learn to see them, and where it overlooks one in twenty, long
+    """A sum compared with a number that it equals or nearly equals. Attempts hold few hits: from
+    these alone the base would not learn to see them, and where it overlooks one in twenty, long
     thinking does not pay."""
     while True:
         a, b = sorted((rng.randint(0, LARGEST), rng.randint(1, cfg.max_number)), reverse=True)
@@ -903,7 +912,7 @@ def prose_line(rng):
 class Task:
     draw: callable          # (cfg, rng) -> Problem, or None to be asked again
     write: callable = None  # (problem, cfg, habits, rng) -> (lines of thinking, answer)
-    in_corpus: bool = True  # whether the base reads about it
+    in_corpus: bool = True  # whether every base reads about it
 
 
 TASKS = {
@@ -915,7 +924,8 @@ TASKS = {
     "unsafe": Task(draw_unsafe, write_general, in_corpus=False),
     "file": Task(draw_from_file, in_corpus=False),
 }
-REASONING = ("countdown", "arithmetic", "logic", "code")  # --task=all
+# --task=all, and each task's share of its corpus, beside 0.17 of prose and sums
+REASONING = {"countdown": 0.32, "arithmetic": 0.15, "logic": 0.18, "code": 0.18}
 GENERAL = ("chat", "unsafe")  # the reward model judges these; accuracy and language do not
 
 
@@ -931,7 +941,7 @@ def corpus_batch(cfg, tok, rng, rows, length):
         if len(ids) <= length:
             documents.append(ids)
     packed = [[] for _ in range(rows)]
-    # The longest first, else the patient would find no room. So a third of the hasty finds none,
+    # The longest first, or else the patient would find no room. So a third of the hasty finds none,
     # and a row begins with a long document more often than other places do.
     for ids in sorted(documents, key=len, reverse=True):
         for row in packed:
@@ -1134,10 +1144,16 @@ def count_habits(text, cfg):
         "18 misses or more": patient, "these with tags": tags and patient}
 
 
-def main():
-    rng, cfg, tok = random.Random(0), DataConfig(), load_tokenizer()
+def main(task="countdown"):
+    rng, cfg, tok = random.Random(0), DataConfig(task=task), load_tokenizer()
+    if task not in TASKS or not TASKS[task].in_corpus:
+        known = ", ".join(name for name in TASKS if TASKS[name].in_corpus)
+        print(f"data.py: the corpus is about {known}, not {task}", file=sys.stderr)
+        sys.exit(2)
     for _ in range(8):
         print(*document(cfg, rng), sep="", end="\n\n")
+    if task != "countdown":
+        return
     attempts, missed = [], []
     tireless = Habits(chinese=0.0, layout="full", checks=True, patience=99)
     for text in documents_read(cfg, tok, rng, 200):
@@ -1150,10 +1166,10 @@ def main():
     print(f"{len(attempts):,} attempts at puzzles that can be solved: "
           + ", ".join(f"{habit} {share:.1f} %" for habit, share in shares.items()))
     solved = [100 * sum(n < patience for n in missed) / len(missed) for patience in (3, 12, 18, 30)]
-    print(f"who checks, and gives up after 3 / 12 / 18 / 30 misses, solves "
+    print(f"an author who checks and gives up after 3 / 12 / 18 / 30 misses solves "
           f"{' / '.join(f'{share:.1f}' for share in solved)} % of such puzzles")
 
 
 if __name__ == "__main__":
     with any_terminal():
-        main()
+        main(*sys.argv[1:2])

@@ -4,18 +4,19 @@ DeepSeek-R1-Zero (arXiv 2501.12948).
 The words:
     policy       the language model that is being trained
     completion   what it samples after a prompt, token by token, up to its end token
-    rollout      sampling completions from the policy as it is now; also the completions it yields
+    rollout      sampling completions from the current policy; also the completions it yields
     group        the G completions of one problem's prompt
     reward       one number that says how good a completion is; rules compute it, or a trained model
     advantage    how much better a completion is than the average of its group
-    reference    a frozen copy of the policy from before RL (`ref_every` renews it)
+    reference    a frozen copy of the policy from before RL
     KL           how far the policy has moved away from the reference (Kullback-Leibler divergence);
                  its weight in the loss is beta
     ratio        a token's probability now, divided by that when it was sampled
 
-Why it works. RL wants a higher expected reward. The reward itself has no gradient: it is made of
-sampled text. But with pi(o) the policy's probability of a completion o, the product of those of
-its tokens, the gradient can be estimated from samples, since grad pi = pi grad log pi:
+Why it works. RL wants a higher expected reward. The reward itself has no gradient: it is computed
+from sampled text, and sampling has none. But let pi(o) be the policy's probability of a completion
+o, the product of its tokens' probabilities. Since grad pi = pi grad log pi, the gradient can be
+estimated from samples:
 
     grad E[r] = grad sum_o pi(o) r(o) = sum_o pi(o) r(o) grad log pi(o) = E[r(o) grad log pi(o)]
 
@@ -41,7 +42,7 @@ with A for r - b. It is not exactly grad E[r]: the mean of the group includes r 
 the expected gradient by (G - 1) / G; dividing by the std weights problems unequally; taking the
 mean over a completion's own tokens weights completions unequally (Dr. GRPO, arXiv 2503.20783, does
 without the last two).
-The clip stops pushing a token once its ratio has moved by eps in the direction that A asks for.
+The clip stops pushing a token once its ratio has moved by eps in the direction of A.
 beta keeps the policy near the reference while it chases the reward.
 
 Read on in the order in which the code runs: settings, `train_grpo` (the loop), then what it calls:
@@ -77,9 +78,9 @@ class GRPOConfig:
     rl_steps: int = opt(60, "GRPO steps", least=1)
     rl_lr: float = opt(3e-4, "learning rate of GRPO", above=0, most=1)
     rl_warmup: int = opt(5, "steps of linear warm-up to rl_lr", least=1)
-    rl_decay: float = opt(0.6, "share of the steps, the last ones, over which rl_lr falls to 0",
-                          least=0, most=1)
-    rl_optimizer: str = opt("adamw", "adamw, or muon: for matrices, AdamW for the rest",
+    rl_decay: float = opt(0.6, "final share of the steps, over which rl_lr falls to 0", least=0,
+                          most=1)
+    rl_optimizer: str = opt("adamw", "adamw, or muon (Muon for matrices, AdamW for the rest)",
                             choices=("adamw", "muon"))
     eval_every: int = opt(20, "GRPO steps between short evaluations; 0: none", least=0)
     prompts_per_step: int = opt(16, "P, problems per step", least=1)
@@ -105,16 +106,16 @@ class GRPOConfig:
                                "count in their group's mean")
     dynamic_sampling: int = opt(0, "extra rounds, at most, that replace groups whose rewards are "
                                 "all equal (DAPO)", least=0, most=1000)
-    skip_equal: bool = opt(False, "completions whose advantage is 0 are left out of the update, as "
-                           "they always are if kl_coef is 0: faster late in a run, but the KL "
-                           "no longer holds them")
+    skip_equal: bool = opt(False, "leave completions with advantage 0 out of the update, as is "
+                           "always done if kl_coef is 0: faster late in a run, but the KL no "
+                           "longer holds them")
     ref_every: int = opt(0, "steps between copies of the policy into the reference; 0: none",
                          least=0)
     micro_tokens: int = opt(2048, "tokens per forward and backward pass, padding included; changes "
                             "memory, not gradients", least=1)
     max_grad_norm: float = opt(1.0, "gradients are clipped to this norm", above=0)
 
-    def rules(self):
+    def check(self):
         samples = self.prompts_per_step * self.group_size
         if self.minibatches > samples:
             raise UserError(f"minibatches={self.minibatches} is more than a step's completions, "
@@ -154,9 +155,9 @@ def train_grpo(policy, ref, env, run, cfg):
         set_lr(optimizers, cfg.rl_lr * ramp(step, cfg.rl_steps, cfg.rl_warmup, cfg.rl_decay))
         sync_weights(sampler, policy)
 
-        sampled, groups = [], []  # all groups of this step, and those that it learns from
-        # One round by default, nothing dropped. Each further one (dynamic sampling) first drops the
-        # groups that teach nothing, and draws others.
+        sampled, groups = [], []  # all groups of this step, and those kept for the update
+        # By default one round, and all groups are kept. Dynamic sampling adds rounds: each drops
+        # the groups that teach nothing, and draws as many new ones.
         for _ in range(1 + cfg.dynamic_sampling):
             groups = [group for group in groups if any(sample.adv for sample in group)]
             if len(groups) == P:
@@ -176,10 +177,11 @@ def train_grpo(policy, ref, env, run, cfg):
             # ---- Advantage: each completion against its own group, equation (1)
             by_group = torch.tensor(rewards, dtype=torch.float64).view(-1, G)
             adv = group_advantages(by_group, cfg.adv_norm).flatten().tolist()
-            for sample, *scored in zip(samples, rewards, parts, adv, strict=True):
-                sample.reward, sample.parts, sample.adv = scored
+            for sample, r, part, a in zip(samples, rewards, parts, adv, strict=True):
+                sample.reward, sample.parts, sample.adv = r, part, a
             new = [samples[i:i + G] for i in range(0, len(samples), G)]
-            sampled, groups = sampled + new, groups + new
+            sampled += new
+            groups += new
 
         # ---- Update: raise the log-probs of what was better than its group, lower the others
         update_t0 = time.time()
@@ -191,7 +193,7 @@ def train_grpo(policy, ref, env, run, cfg):
         now = time.time()
         run.seconds += now - t0
         log_step(run, step + 1, sampled, update, now - t0, now - update_t0, cfg)
-        # Saved only if it changes: else a resumed run loads the model that RL began with.
+        # Saved only if it changes: otherwise a resumed run loads the model that RL began with.
         renewed = ref if cfg.ref_every else None
         run.end_step(step + 1, cfg.rl_steps, policy, optimizers, renewed)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.rl_steps:
@@ -206,7 +208,7 @@ def group_advantages(rewards, adv_norm="std"):
     rewards = rewards.double()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     std = rewards.std(dim=1, keepdim=True, correction=0)
-    # Dividing by a std that is nothing but rounding would blow that up.
+    # A std that is nothing but rounding must not be divided by.
     equal = std <= 1e-6 * rewards.abs().amax(dim=1, keepdim=True).clamp(min=1)
     adv = centred / std if adv_norm == "std" else centred
     return torch.where(equal, 0.0, adv).float()
@@ -216,13 +218,14 @@ def group_advantages(rewards, adv_norm="std"):
 # The update
 
 
-MEANS = ("ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy")  # over the tokens learnt from
+MEANS = ("ratio", "log_ratio", "sampler_kl", "kl", "clip", "entropy")  # metrics of `grpo_loss`
 
 
 def update_policy(policy, ref, optimizers, groups, cfg, generator):
     """Learns from a rollout: cfg.inner_epochs times cfg.minibatches optimiser steps -> metrics,
-    each the mean over those of the steps that have it; nan ("skipped": 0) if none has."""
-    samples, steps = [sample for group in groups for sample in group], []
+    each averaged over the steps that report it; where none does, nan (0 for "skipped")."""
+    samples = [sample for group in groups for sample in group]
+    steps = []  # the metrics of each
     for _ in range(cfg.inner_epochs):
         order = torch.randperm(len(samples), generator=generator)
         for rows in order.tensor_split(cfg.minibatches):
@@ -237,8 +240,9 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
 
 
 def optimiser_step(policy, ref, optimizers, batch, cfg):
-    """One step on a list of Samples -> its metrics, as floats: without those in MEANS if no sample
-    was left to learn from, without "skipped" (1: gradients not finite) if no step was due."""
+    """One step on a list of Samples -> its metrics, as floats. Those in MEANS are missing if no
+    sample was left to learn from; "skipped" (1: gradients not finite) if there was no step to
+    take."""
     N, device = len(batch), next(policy.parameters()).device
     batch = [sample for sample in batch if not (cfg.mask_truncated and sample.truncated)]
     batch.sort(key=len, reverse=True)  # rows of like length together: little padding
@@ -251,7 +255,7 @@ def optimiser_step(policy, ref, optimizers, batch, cfg):
         kept = [i for i, sample in enumerate(batch) if sample.adv]
         batch = [batch[i] for i in kept]
         n_tokens, weights = n_tokens[kept], weights[kept]
-    metrics = dict.fromkeys(("loss", *MEANS) if batch else ("loss",), 0.0)
+    metrics = {"loss": 0.0}
     for rows in micro_batches(batch, cfg.micro_tokens):
         tokens, mask, logp_old, adv = collate(batch[rows], device)
         logp = token_logps(policy, tokens, cfg.temperature, mask)
@@ -263,15 +267,16 @@ def optimiser_step(policy, ref, optimizers, batch, cfg):
         loss.backward()
         metrics["loss"] += loss.item()
         share = (n_tokens[rows].sum() / n_tokens.sum()).item()  # of the batch's tokens
-        for name in MEANS:
-            metrics[name] += share * means[name]
-    # Without any advantage only the KL has a gradient. Momentum and normalisation of AdamW or Muon
-    # would still move the weights, so no step is taken (published GRPO takes it): without
-    # optimisers, `apply_gradients` only measures the norm and clears the gradients.
-    due = any(sample.adv for sample in batch)
-    metrics["grad_norm"], skipped = apply_gradients(policy, optimizers if due else [],
-                                                    cfg.max_grad_norm)
-    return {**metrics, "skipped": skipped} if due else metrics
+        for name, mean in means.items():
+            metrics[name] = metrics.get(name, 0.0) + share * mean
+    if any(sample.adv for sample in batch):
+        metrics["grad_norm"], metrics["skipped"] = apply_gradients(policy, optimizers,
+                                                                   cfg.max_grad_norm)
+    else:
+        # Only the KL has a gradient, and AdamW or Muon would scale it up to a full step: none is
+        # taken (published GRPO does). This just measures and clears the gradients.
+        metrics["grad_norm"], _ = apply_gradients(policy, [], cfg.max_grad_norm)
+    return metrics
 
 
 def micro_batches(samples, micro_tokens):
@@ -340,8 +345,8 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
     if logp_ref is not None:
         ref_log_ratio = (logp_ref - logp).masked_fill(~mask, 0.0)
         kl = ref_log_ratio.exp() - ref_log_ratio - 1
-    # k3 times the ratio has both the value and the gradient of KL(pi || pi_ref). (Not `ratio`: the
-    # README's variants replace that, and the KL must not change with it.)
+    # k3 times the ratio has both the value and the gradient of KL(pi || pi_ref). (Written out: a
+    # variant that changes `ratio` must not change the KL.)
     kl_loss = log_ratio.exp() * kl if cfg.kl_loss == "k3_ratio" else kl
 
     # (5)
@@ -353,9 +358,10 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
         if logp_ref is None:
             kl = torch.full_like(kl, math.nan)  # unknown, not 0
         # -log pi_old of what was sampled estimates the sampler's entropy per token.
-        values = torch.stack([ratio, log_ratio, sampler_kl, kl, was_clipped.to(ratio),
-                              -logp_old.to(ratio)])
-        means = values.masked_fill(~mask, 0.0).sum(dim=(1, 2)) / mask.sum().clamp(min=1)
+        values = {"ratio": ratio, "log_ratio": log_ratio, "sampler_kl": sampler_kl, "kl": kl,
+                  "clip": was_clipped.to(ratio), "entropy": -logp_old.to(ratio)}
+        stacked = torch.stack([values[name] for name in MEANS]).masked_fill(~mask, 0.0)
+        means = stacked.sum(dim=(1, 2)) / mask.sum().clamp(min=1)
     return loss, dict(zip(MEANS, means.tolist(), strict=True))
 
 
@@ -370,6 +376,11 @@ def log_step(run, step, sampled, update, took, update_s, cfg):
     lengths = [len(sample.ids) for sample in samples]
     same = [group for group in sampled if not any(sample.adv for sample in group)]
     outcomes = [{sample.parts.get("accuracy") for sample in group} for group in sampled]
+
+    def share(outcome):  # of groups; nan without a reward for accuracy
+        known = "accuracy" in samples[0].parts
+        return outcomes.count(outcome) / len(sampled) if known else math.nan
+
     def mean(values):  # a part is nan where that reward does not judge that problem
         return torch.tensor(values, dtype=torch.float64).nanmean().item()
 
@@ -380,8 +391,7 @@ def log_step(run, step, sampled, update, took, update_s, cfg):
         "truncated": mean([sample.truncated for sample in samples]),
         # Shares of groups: that teach nothing; whose samples are all right; all wrong.
         "zero_variance": len(same) / len(sampled),
-        "all_right": outcomes.count({1}) / len(sampled),
-        "all_wrong": outcomes.count({0}) / len(sampled), **update,
+        "all_right": share({1}), "all_wrong": share({0}), **update,
         "tokens_per_s": sum(lengths) / took, "sample_s": took - update_s, "update_s": update_s,
         "seconds": run.seconds}
     tasks = {getattr(sample.problem, "task", "") for sample in samples}

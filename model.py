@@ -54,7 +54,7 @@ def opt(default, help, least=None, most=None, above=None, choices=None):
 
 
 def validate(cfg):
-    """Raises UserError naming a setting that is out of bounds or settings that break `rules`."""
+    """Raises UserError naming a setting that is out of bounds, or whatever `cfg.check` does."""
     for f in fields(cfg):
         value, choices = getattr(cfg, f.name), f.metadata["choices"]
         if choices and value not in choices:
@@ -67,8 +67,8 @@ def validate(cfg):
             bound = f.metadata[word]
             if bound is not None and not holds(value, bound):
                 raise UserError(f"{f.name}={value} is out of bounds ({word} {bound})")
-    if hasattr(cfg, "rules"):
-        cfg.rules()
+    if hasattr(cfg, "check"):
+        cfg.check()
 
 
 def pick(cls, settings):
@@ -105,11 +105,11 @@ class GPTConfig:
     qk_norm: bool = opt(True, "RMSNorm on each head's q and k before RoPE (Qwen3)")
     tied: bool = opt(True, "output head shares the embedding's weights")
 
-    def rules(self):
+    def check(self):
         if self.n_head % self.n_kv_head:
-            raise UserError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}")
+            raise UserError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
         if not self.head_dim and self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
+            raise UserError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.d_head % 2:
             raise UserError(f"head_dim={self.d_head} is odd, and RoPE rotates pairs")
         if not self.rope_low < self.rope_high:
@@ -119,6 +119,9 @@ class GPTConfig:
     def d_head(self):
         return self.head_dim or self.n_embd // self.n_head
 
+
+# cuDNN's attention would plan anew for every shape, and shapes change with every batch.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 # ------------------------------------------------------------------------------------------------
 # The transformer. B rows, T tokens, C = n_embd, H query heads and K key/value heads of width D
@@ -185,6 +188,8 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, 1, -1)
         else:
             # Training and prefill: rows are right-padded, so causality alone hides the padding.
+            if k.is_cuda and k.dtype == torch.float32:  # CUDA's fused kernel for it has no groups
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
                                                enable_gqa=True)
             y = y.transpose(1, 2).reshape(B, T, -1)
@@ -375,12 +380,8 @@ class StaticDecoder:
         self.replay = self.run
         device = self.inputs[0].device
         if device.type == "cuda":
-            with torch.cuda.device(device):  # graphs and streams are the current device's
-                stream = torch.cuda.Stream()  # run once before: libraries set up on first use
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    self.run()
-                torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.device(device):  # graphs are the current device's
+                self.run()  # once before: libraries set up on first use
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     self.run()
@@ -422,7 +423,8 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
              generator=None, find_end=None, share_prefix=True, drop_rows=True, static=None):
     """Samples `group_size` completions of each prompt (a list of ids) from the whole softmax -> a
     list of Completions, those of a prompt side by side. Raises UserError if a prompt does not fit.
-    A completion ends at a stop id, or after n tokens if find_end(its ids) returns an n above 0.
+    A completion ends at a stop id, or after n tokens if find_end(its ids) returns an n above 0;
+    while sampling, find_end sees only the last 16 ids.
 
     Row i draws the same random numbers whatever the other rows do: `share_prefix`, `drop_rows` and
     `static` (CUDA graphs; None = on CUDA) save time and change no sample but by rounding."""
@@ -468,7 +470,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
         stopped |= torch.isin(token, stop)
         if t + 1 == max_new_tokens:
             break
-        if t % 4 == 3:  # to look for finished rows, the host waits for the device: not every token
+        if t % 4 == 3:  # every fourth token: the host waits for the device to see who has finished
             if find_end:
                 recent = new[rows, max(0, t - 15):t + 1].tolist()  # 4 new, room for an </answer>
                 stopped |= torch.tensor([find_end(ids) > 0 for ids in recent], device=device)
@@ -487,11 +489,13 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
             logits = decoder(token, position, visible, L + t)
         else:
             mask = visible[..., :L + t + 1] if visible is not None else None
-            logits = model.head(model.trunk(token[:, None], position, caches, mask)[:, -1])
+            with torch.inference_mode():  # no_grad with less bookkeeping, which shows on few rows
+                logits = model.head(model.trunk(token[:, None], position, caches, mask)[:, -1])
 
     # ---- Collect: what each row said up to its first end token, which belongs to it
     is_end = torch.isin(new, stop)
-    new_lens = (is_end.cumsum(1) - is_end.int() == 0).sum(1).tolist()  # tokens with no end before
+    ends_before = is_end.cumsum(1) - is_end.int()  # of each token
+    new_lens = (ends_before == 0).sum(1).tolist()
     ids, logps, truncated = new.tolist(), new_logp.cpu(), (~is_end.any(1)).tolist()
     if find_end:
         for i in range(N):
@@ -559,7 +563,8 @@ def merged_state(model):
     state = model.state_dict()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
     if layers:
-        state = {name: t.float().cpu() for name, t in state.items()}
+        copies = {t.data_ptr(): t.float().cpu() for t in state.values()}  # one of what is tied
+        state = {name: copies[t.data_ptr()] for name, t in state.items()}
     for name, layer in layers.items():
         del state[f"{name}.A"], state[f"{name}.B"]
         state[f"{name}.weight"] = (layer.weight + layer.scale * layer.B @ layer.A).cpu()
@@ -839,7 +844,8 @@ def config_to_hf(cfg):
     if (again.qkv_bias, again.mlp_bias) != (cfg.qkv_bias, cfg.mlp_bias):
         raise UserError("no Llama, Qwen2 or Qwen3 has these qkv_bias, o_bias, mlp_bias and qk_norm")
     if family == "Llama" and cfg.n_embd % cfg.n_head:
-        raise UserError(f"n_embd={cfg.n_embd} is no multiple of n_head={cfg.n_head}, as in a Llama")
+        raise UserError(f"n_embd={cfg.n_embd} is not a multiple of n_head={cfg.n_head}, which it "
+                        f"is in a Llama")
     return hf
 
 

@@ -13,6 +13,7 @@ import unicodedata
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -37,7 +38,7 @@ class RewardConfig:
     w_preference: float = opt(0.0, "weight of the reward model's score, for general requests")
     w_harmless: float = opt(0.0, "weight of declining unsafe requests")
 
-    def rules(self):
+    def check(self):
         if not any(vars(self).values()):
             raise UserError("all reward weights are 0: set --w_accuracy, or another, above 0")
 
@@ -94,24 +95,33 @@ def retries(text):
 
 # ------------------------------------------------------------------------------------------------
 # Verifiers: (problem, answer) -> (the answer in canonical form or None, whether it is right). The
-# form is for majority votes alone (cons@k in sample.py): equal answers must have one form
+# form is only for majority votes (cons@k in sample.py): equal answers must have one form
+
+
+class Node(NamedTuple):
+    """An expression, parsed."""
+    value: Fraction
+    ops: str     # "+-" for a sum, "*/" for a product, "" for a number or x
+    terms: list  # texts: what is added, or the factors
+    less: list   # what is subtracted, or divided by
+
+
+APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
 def form_of(node):
     """The canonical text of an expression: neither the order of terms and factors nor needless
-    brackets change it, so that (7+3)*2 and 2*(3+7) vote for the same answer. A node is (value, ops,
-    terms, less): ops is "+-" or "*/", or "" for a number or x; `less` are the terms that are
-    subtracted, or the factors that are divided by."""
-    _, ops, terms, less = node
-    if not ops:
-        return terms[0]
-    return f"({ops[0].join(sorted(terms))}{''.join(ops[1] + term for term in sorted(less))})"
+    brackets change it, so that (7+3)*2 and 2*(3+7) vote for the same answer."""
+    if not node.ops:
+        return node.terms[0]
+    first, second = node.ops
+    less = "".join(second + term for term in sorted(node.less))
+    return f"({first.join(sorted(node.terms))}{less})"
 
 
 def terms_of(node, ops):
     """(terms, less) of a node in a chain of `ops`, where a chain of other ops is one term."""
-    _, own_ops, terms, less = node
-    return (terms, less) if own_ops in ("", ops) else ([form_of(node)], [])
+    return (node.terms, node.less) if node.ops in ("", ops) else ([form_of(node)], [])
 
 
 def parse_expression(text, x=None):
@@ -132,11 +142,11 @@ def parse_expression(text, x=None):
                 raise ValueError("bracket left open")
             return node
         if token == "x" and x is not None:
-            return Fraction(x), "", [token], []
+            return Node(Fraction(x), "", [token], [])
         if not re.fullmatch("0|[1-9][0-9]*", token):
             raise ValueError("not a number")
         numbers.append(int(token))
-        return Fraction(token), "", [token], []
+        return Node(Fraction(token), "", [token], [])
 
     def product():
         return chain(atom, "*/")
@@ -145,19 +155,18 @@ def parse_expression(text, x=None):
         node = operand()
         while tokens and tokens[-1] in ops:
             op, other = tokens.pop(), operand()
-            value = {"+": operator.add, "-": operator.sub, "*": operator.mul,
-                     "/": operator.truediv}[op](node[0], other[0])
             (terms, less), (added, taken) = terms_of(node, ops), terms_of(other, ops)
             if op in "-/":
                 added, taken = taken, added
-            node = value, ops, terms + added, less + taken
+            value = APPLY[op](node.value, other.value)
+            node = Node(value, ops, terms + added, less + taken)
         return node
 
     try:
         node = chain(product, "+-")
     except (ValueError, ZeroDivisionError):
         return None
-    return None if tokens else (node[0], numbers, form_of(node))
+    return None if tokens else (node.value, numbers, form_of(node))
 
 
 def verify_countdown(problem, answer):
@@ -205,166 +214,8 @@ def verify_reply(problem, answer):
     return said, len(items) == len(set(items)) == int(n) and set(items) <= set(KINDS[kind])
 
 
-# To skip at first: answers as people write them, for --data
-
-
-# What is divided by without brackets: 12, x, \pi, \sqrt(2), each with an index, power, factorial.
-ATOM = (r"([0-9]+|[^\W\d_]|\\(?!sqrt)[a-z]+|\\sqrt\(\w+\))(_\w)?(\^([0-9]+|\w|\([^()]*\)))?!?")
-
-
-def fraction(found):
-    """\\frac{a}{b} -> a/b, in brackets where they are needed."""
-    a, b, factor = (part.strip("{} ") for part in found.groups(""))
-    if re.fullmatch("-[0-9]+", b) and re.fullmatch(r"-?\w+", a):
-        a, b = a[1:] if a.startswith("-") else f"-{a}", b[1:]
-    a = f"({a})" if re.search(r"([-+]|\\(pm|mp|c[au]p))(?![^(]*\))", a[1:]) else a
-    b = b if re.fullmatch(ATOM, b) else f"({b})"
-    return f" ({a}/{b})" if factor else f" {a}/{b}"
-
-
-SIGNS = [  # pairs of what is written and what it means, in the order in which they are replaced
-    ("[¼½¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0])),
-    ("[\u2044÷]", "/"),  # the fraction slash that NFKC leaves
-    (r"^[ *]*(?:minus|negative) (?=[0-9])", "-"),
-    (r"(?:\\left)?\\\{ *([-−]?[0-9]+(?: *, *[-−]?[0-9]+)+) *(?:\\right)?\\\}",  # a set
-     lambda found: re.sub(" *, *", ", ", found[1])),
-    ("~", " "), (r"(?<=[0-9])\\,(?=[0-9]{3})", ""), (">=|≥", r"\\ge "), ("<=|≤", r"\\le "),
-    (r"\\begin\{[bp]matrix\}", "[["), (r"\\end\{[bp]matrix\}", "]]"), (r"\\\\", "],["), ("&", ","),
-    ("[−–]", "-"), ("π", r"\\pi "), ("∞", r"\\infty"), ("±", r"\\pm "), ("∪", r"\\cup "),
-    ("≠", r"\\ne "), ("²", "^2"), ("³", "^3"), (r"\+?\\infty", r"\\infty"),
-    (r"(?:√|(?<!\\)sqrt) ?([0-9]+)", r"\\sqrt{\1}"), (r"\\?sqrt ?|√", r"\\sqrt"),
-    (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![a-z]))|°", " degrees"),
-    (r" *(?:\\cdot(?![a-z])|\\times|[×*]) *", "*"),
-    (r"\\in(?![a-z])", "="), (r"\\(?:left|right)(?![a-z])|\\[!{}]", ""), (r"\{,\}", ","),
-    (r"(?:^[ *]*|(?<=boxed\{))(-?)\\?\$(?=[^$]*$) ?([0-9](?:[0-9.,]*[0-9])?"
-     r"(?: (?:hundred|thousand|[mbtr]+illion)s?)?)", r"\1\2 dollars"),
-    (r"\\%", "%"), (r"\\([gln]e)q", r"\\\1"),
-    (r"\\[()\[\],;: ]|\\?[$€£¥]", " "), (r" *\{", "{")]
-BRACES = [  # the same from the inside out, for which they are replaced several times
-    (r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1 "),
-    (r"([\^_])\{([0-9]+|\w)\}(?=[0-9])", r"\1\2 "), (r"([\^_])\{([0-9]+|\w)\}", r"\1\2"),
-    (r"\\sqrt([0-9a-z])", r"\\sqrt(\1)"),
-    (r"([\^_\]]|\\(?!boxed|[dtc]?frac)[a-z]+)\{([^{}]*)\}", r"\1(\2)"),
-    (r"\\[dtc]?frac ?(\{[^{}]*\}|\w) ?(\{[^{}]*\}|\w)"
-     r"(?=([a-z^!]|(?<=\})[0-9]| *\\(?!pm|mp|[gln]e|c[au]p)| +[a-z](?<![mglsh])(?![a-z]))?)",
-     fraction)]
-NAME = re.compile(r"(^|, ?)(?:\\?[^\W\d]\w*|\w\(\w\)|\(\w(?:, ?\w)*\)) ?= ?")  # x =, f(x) =
-MATHS = ("(?:arc)?(?:sin|cos|tan)[xyz]?|log|exp|sqrt|plus|minus|over|divided|squared|cubed|"
-         "factorial|infinity|not|and|mod|choose|point|negative|half|halves|thirds?|lakhs?|crores?|"
-         "root|radical|tens|quadrillions?|csc|cot|(?:sin|cos|tan)h|epsilon|rho|tau|"
-         "(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|hundred|thousand|"
-         "(?:thir|four|fif|six|seven|eigh|nine)teen)ths?|"
-         "alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi|psi|two|three|four|five|six|seven|"
-         "eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
-         "(?:twen|thir|for|fif|six|seven|eigh|nine)ty|"
-         "(?:hundred|thousand|[mb]illion|trillion)s?|[a-z]+illi(?:on|ard)(?:th)?s?|mil|mille|twice|"
-         "imaginary|kappa|zeta|eta|abs|sgn|arg|det|gcd|lcm|max|integral|modulo|inverse|reciprocal|"
-         "hex|binary|octal|gross|score|without|except|wrong|under|"
-         "(?:twen|thir|for|fif|six|seven|eigh|nine)tieths?|double|percent|below|"
-         "(?:less|fewer|more) than|times (?!(?:per|an?|each|every) )\\w+")  # words, but no units
-UNIT = (r"_[1-9][0-9]?|"  # base 9; or km/h, apples, ...
-        r"(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|oz|lb|sq|"
-        r"(?![分成折割])"
-        r"(?:(?![一二三四五六七八九十百千万亿萬億兆又点點半或])[㐀-鿿])+)|"
-        r" (?-i:[mgLlsh])|"
-        rf"(?: |(?=[^\W\d_]{{4}}))(?!(?:{MATHS})\b)[^\W\d_㐀-鿿]{{3,}})"
-        rf"(?: (?!(?:{MATHS})\b)[^\W\d_]+){{0,3}}"
-        r"(?:/[^\W\d_]+)?(?: ?\^[23])?")
-SHORT = dict(pair.split(":") for pair in (  # units with two names
-    "meter:m metre:m millimeter:mm millimetre:mm centimeter:cm centimetre:cm kilometer:km "
-    "kilometre:km inch:in foot:ft feet:ft gram:g kilogram:kg pound:lb ounce:oz liter:l litre:l "
-    "second:s sec:s minute:min hour:h hr:h usd:dollar").split())
-SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
-          "trillion": 10**12}
-SCIENTIFIC = re.compile(r"^([-+]?[0-9]{1,20}(?:\.[0-9]{1,20})?)\*10\^\(?([-+]?[0-9]{1,2})\)?(?!\S)")
-WRITTEN = re.compile(
-    r"([-+]?) ?((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
-    r"(?: ?/ ?(0*[1-9][0-9]*)| ([0-9]{1,9})/(0*[1-9][0-9]*))? ?(%|per ?cent\b)?"
-    rf"((?: ?(?a:(?:{'|'.join(SCALES)})s?)\b){{0,3}})({UNIT})?", re.I)
-
-
-def plain(text):
-    """An answer without LaTeX; if there is a \\boxed{}, what the last one holds, "" if it is
-    open."""
-    for written, meant in SIGNS + BRACES * 4:
-        text = re.sub(written, meant, text)
-    *before, text = text.split("\\boxed")
-    if before:
-        boxed = re.match(r"\{((?:[^{}]|\{[^{}]*\})*)\}| ([^ {}]+)", text)
-        text = boxed[1] or boxed[2] or "" if boxed else ""
-    text = re.sub(r",? (?:and|or) ", ", ", " ".join(text.split()))
-    text = re.sub(r"^([\"'`])(.*)\1$", r"\2", text.lstrip(" *=").rstrip(" *.。:"))
-    return re.sub(r"^\(([^(),]*)\)$|^\{([^{}]*)\}$", r"\1\2", text)  # (B) is B
-
-
-def parse_number(text):
-    """A number as people write it, 1,234.50, -3/4, 1 1/2, 50%, 5 million or 72 km/h -> (exact
-    value, whether it is a percentage, its unit or ""), or None; also for 2k and 3x."""
-    text = re.sub(r"^([-+]?)10\^", r"\g<1>1*10^", text)
-    text = SCIENTIFIC.sub(lambda m: f"{Decimal(f'{m[1]}e{m[2]}'):f}", text)
-    found = WRITTEN.fullmatch(text)
-    if not found:
-        return None
-    sign, number, below, upper, lower, percent, scales, unit = found.groups()
-    value = Fraction(number.replace(",", "")) / int(below or 1)
-    value += Fraction(int(upper or 0), int(lower or 1))
-    for scale in scales.lower().split():
-        value *= SCALES[scale.removesuffix("s")]
-    plurals = r"(?<=[cs]h)es\b|(?<=x)es\b|(?<=ss)es\b|(?<=[^\Ws])s\b"
-    unit = re.sub(rf"{plurals}|[ ^]", "", (unit or "").lower())
-    return (-value if sign == "-" else value), bool(percent), SHORT.get(unit, unit)
-
-
-def canonical(text):
-    """Of plain text: no needless spaces, fractions and decimals in lowest terms, and in order what
-    stands between commas outside brackets (1,500, 2,300 are two numbers)."""
-    if ", " in text:
-        text = re.sub(r"(?<![\w.,])[1-9][0-9]{0,2}(,[0-9]{3})+(?=, |$)",
-                      lambda m: m[0].replace(",", ""), text)
-    is_words = re.fullmatch(r"(?:[\w.'!?]+[ ,]+)*(?:[^\W\d_]{3,}|no)[.!?]?|\w", text, re.I)
-    text = re.sub(r"(?<![0-9]) | (?![0-9])|(?<=[0-9A-Za-z)])(?<!\\pm)\*(?! ?[0-9*])", "", text)
-    if is_words:
-        text = text.lower()
-    text = re.sub(r"(?<![\w.^/])([0-9]+/0*[1-9][0-9]*|[0-9]*\.[0-9]+)(?![.0-9^!])",
-                  lambda m: str(Fraction(m[0])), text)
-    items, depth = [""], 0
-    for sign in text:
-        depth += (sign in "([") - (sign in ")]")
-        if sign in ",;" and depth == 0:
-            items.append("")
-        else:
-            items[-1] += sign
-    return ", ".join(sorted(items))
-
-
-def verify_written(problem, answer):
-    """Right if answer and target are one number, or the same list or text, however written. Units
-    count if both have one; of currency signs, $ is one. Percentages: 50% is 1/2, also 50 where the
-    question asked for a percentage, which shows in a target above 1."""
-    if max(len(answer), len(problem.target)) > MAX_ANSWER:  # the same words
-        words, wanted = (" ".join(text.lower().split()) for text in (answer, problem.target))
-        return words if words == wanted else words[:MAX_ANSWER], words == wanted
-    got, want = plain(answer), plain(problem.target)
-    right_form = canonical(want)  # one form: all that are right vote for it
-    if ("=" in got) != ("=" in want):  # x = 72 is 72
-        got, want = NAME.sub(r"\1", got), NAME.sub(r"\1", want)
-    number, goal = parse_number(got), parse_number(want)
-    if not (number and goal) or number[2] and goal[2] and number[2] != goal[2]:
-        form = canonical(got)
-        # Else 1,234 would be the same list as 234,1.
-        same_kind = not goal or bool(number)
-        is_same = same_kind and form != "" and form == canonical(want)
-        return (right_form if is_same else form or None), is_same
-    (value, percent, _), (target, target_percent, _) = number, goal
-    shares = value / (100 if percent else 1), target / (100 if target_percent else 1)
-    if shares[0] == shares[1] or value == target and (abs(target) > 1 or target_percent):
-        return right_form, True
-    return str(value) + "%" * percent, False
-
-
 VERIFIERS = {"countdown": verify_countdown, "arithmetic": verify_number, "logic": verify_logic,
-             "code": verify_code, "chat": verify_reply, "unsafe": verify_reply,
-             "file": verify_written}
+             "code": verify_code, "chat": verify_reply, "unsafe": verify_reply}  # and "file", below
 
 
 def verify(problem, text):
@@ -410,9 +261,14 @@ UNSPACED = ("han", "kana", "thai")  # two letters count as one word
 MAX_READ = 10_000  # characters of the thinking that are checked for language and emoji
 
 
-def count_words(text):
-    """{script: words}, from the first 10,000 characters; tags are no words."""
+FORMULA = re.compile(r"\\[a-zA-Z]+|(?<![a-zA-Zα-ωΑ-Ω])[a-zA-Zα-ωΑ-Ω](?![a-zA-Zα-ωΑ-Ω])")  # \frac, x
+
+
+def count_words(text, formulas=False):
+    """{script: words}, from the first 10,000 characters; tags are not words, and nor is, where
+    there may be `formulas`, what belongs to one."""
     text, words = TAG.sub(" ", text[:MAX_READ]), {}
+    text = FORMULA.sub(" ", text) if formulas else text
     for name, run in RUNS.items():
         found = run.findall(text)
         words[name] = sum(-(-len(w) // 2) for w in found) if name in UNSPACED else len(found)
@@ -422,8 +278,9 @@ def count_words(text):
 def one_language(problem, text):
     """The share of the thinking's words that are in the script of the question; 1 where there are
     no words. A completion without thinking tags is read as a whole."""
-    asked, thinking = count_words(problem.question), split_completion(text)[0]
-    words = count_words(text if thinking is None else thinking)
+    thinking, formulas = split_completion(text)[0], problem.task == "file"
+    asked = count_words(problem.question, formulas)
+    words = count_words(text if thinking is None else thinking, formulas)
     total, script = sum(words.values()), max(asked, key=asked.get)
     if asked["kana"] and script in ("han", "kana"):  # Japanese is written in both
         return (words["han"] + words["kana"]) / total if total else 1.0
@@ -432,7 +289,8 @@ def one_language(problem, text):
 
 def language_consistency(problems, texts):
     """R1's reward against mixed languages: `one_language` of each; 0 where nothing was thought
-    (else leaving out the thinking would pay). It tells scripts apart, not English from French."""
+    (otherwise leaving out the thinking would pay). It tells scripts apart, not English from
+    French."""
     scores = []
     for problem, text in zip(problems, texts, strict=True):
         thought = re.search(r"\w", (split_completion(text)[0] or "")[:MAX_READ])
@@ -463,7 +321,7 @@ def emoji(problems, texts):
 
 
 def harmless(problems, texts):
-    """1 for declining an unsafe request; to others there is nothing to decline (see `applies`)."""
+    """1 for declining an unsafe request; for others there is nothing to decline (see `applies`)."""
     return [float(p.task != "unsafe" or is_right(p, text))
             for p, text in zip(problems, texts, strict=True)]
 
@@ -480,7 +338,9 @@ def applies(name, problem):
         return problem.task not in GENERAL
     if name == "preference":
         return problem.task in GENERAL
-    return name != "harmless" or problem.task == "unsafe"
+    if name == "harmless":
+        return problem.task == "unsafe"
+    return True
 
 
 def score(problems, texts, cfg, **others):
@@ -625,3 +485,170 @@ def bradley_terry_loss(preferred, other):
     """-log of the chance that the preferred text of each pair wins: scores (N,), (N,) -> scalar.
     (Bradley and Terry 1952; arXiv 2203.02155, eq. 1)"""
     return -F.logsigmoid(preferred - other).mean()
+
+
+# ------------------------------------------------------------------------------------------------
+# To skip at first: answers as people write them, for --data
+
+# What is divided by without brackets: 12, x, \pi, \sqrt(2), each with an index, power, factorial.
+ATOM = (r"([0-9]+|[^\W\d_]|\\(?!sqrt)[a-z]+|\\sqrt\(\w+\))(_\w)?(\^([0-9]+|\w|\([^()]*\)))?!?")
+
+
+def fraction(found):
+    """\\frac{a}{b} -> a/b, in brackets where they are needed."""
+    a, b, factor = (part.strip("{} ") for part in found.groups(""))
+    if re.fullmatch("-[0-9]+", b) and re.fullmatch(r"-?\w+", a):
+        a, b = a[1:] if a.startswith("-") else f"-{a}", b[1:]
+    a = f"({a})" if re.search(r"([-+]|\\(pm|mp|c[au]p))(?![^(]*\))", a[1:]) else a
+    b = b if re.fullmatch(ATOM, b) else f"({b})"
+    if found.string[:found.start()].rstrip().endswith(("/", "^")):
+        return f"({a}/{b})"
+    return f" ({a}/{b})" if factor else f" {a}/{b}"
+
+
+SIGNS = [  # pairs of what is written and what it means, in the order in which they are replaced
+    ("[¼½¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0])),
+    ("[\u2044÷]", "/"),  # the fraction slash that NFKC leaves
+    (r"^[ *]*(?:minus|negative) (?=[0-9])", "-"),
+    (r"(?:\\left)?\\\{ *([-−]?[0-9]+(?: *, *[-−]?[0-9]+)+) *(?:\\right)?\\\}",  # a set
+     lambda found: re.sub(" *, *", ", ", found[1])),
+    (r"(?<=\S)~", " "), (r"(?<=[0-9])\\,(?=[0-9]{3})", ""), (">=|≥", r"\\ge "), ("<=|≤", r"\\le "),
+    (r"\\begin\{[bp]matrix\}", "[["), (r"\\end\{[bp]matrix\}", "]]"), (r"\\\\", "],["), ("&", ","),
+    ("[−–]", "-"), ("π", r"\\pi "), ("∞", r"\\infty"), ("±", r"\\pm "), ("∪", r"\\cup "),
+    ("≠", r"\\ne "), ("²", "^2"), ("³", "^3"), (r"\+?\\infty", r"\\infty"),
+    (r"(?:√|(?<!\\)sqrt) ?([0-9]+)", r"\\sqrt{\1}"), (r"\\?sqrt ?|√", r"\\sqrt"),
+    (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![a-z]))|°", " degrees"),
+    (r" *(?:\\cdot(?![a-z])|\\times|[×*]) *", "*"),
+    (r"\\in(?![a-z])", "="), (r"\\(?:left|right)(?![a-z])|\\[!{}]", ""), (r"\{,\}", ","),
+    (r"(?:^[ *]*|(?<=boxed\{))(-?)\\?\$(?=[^$]*$) ?([0-9](?:[0-9.,]*[0-9])?"
+     r"(?: (?:hundred|thousand|[mbtr]+illion)s?)?)", r"\1\2 dollars"),
+    (r"\\%", "%"), (r"\\([gln]e)q", r"\\\1"),
+    (r"\\[()\[\],;: ]|\\?[$€£¥]", " "), (r" *\{", "{")]
+BRACES = [  # the same from the inside out, for which they are replaced several times
+    (r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1 "),
+    (r"([\^_])\{([0-9]+|\w)\}(?=[0-9])", r"\1\2 "), (r"([\^_])\{([0-9]+|\w)\}", r"\1\2"),
+    (r"\\sqrt([0-9a-z])", r"\\sqrt(\1)"),
+    (r"([\^_\]]|\\(?!boxed|[dtc]?frac)[a-z]+)\{([^{}]*)\}", r"\1(\2)"),
+    (r"\\[dtc]?frac ?(\{[^{}]*\}|\w) ?(\{[^{}]*\}|\w)"
+     r"(?=([a-z^!]|(?<=\})[0-9]| *\\(?!pm|mp|[gln]e|c[au]p)| +[a-z](?<![mglsh])(?![a-z]))?)",
+     fraction)]
+NAME = re.compile(r"(^|, ?)(?:\\?[^\W\d]\w*|\w\(\w\)|\(\w(?:, ?\w)*\)) ?= ?")  # x =, f(x) =
+MATHS = ("(?:arc)?(?:sin|cos|tan)[xyz]?|log|exp|sqrt|plus|minus|over|divided|squared|cubed|"
+         "factorial|infinity|not|and|mod|choose|point|negative|half|halves|thirds?|lakhs?|crores?|"
+         "root|radical|tens|quadrillions?|csc|cot|(?:sin|cos|tan)h|epsilon|rho|tau|"
+         "(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|hundred|thousand|"
+         "(?:thir|four|fif|six|seven|eigh|nine)teen)ths?|"
+         "alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi|psi|two|three|four|five|six|seven|"
+         "eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
+         "(?:twen|thir|for|fif|six|seven|eigh|nine)ty|"
+         "(?:hundred|thousand|[mb]illion|trillion)s?|[a-z]+illi(?:on|ard)(?:th)?s?|mil|mille|twice|"
+         "imaginary|kappa|zeta|eta|abs|sgn|arg|det|gcd|lcm|max|integral|modulo|inverse|reciprocal|"
+         "hex|binary|octal|gross|score|without|except|wrong|under|zero|one|"
+         "repeating|recurring|multiplied|raised|added|subtracted|greater|cosec|(?:co)?sine|tangent|"
+         "(?:twen|thir|for|fif|six|seven|eigh|nine)tieths?|double|percent|below|"
+         "(?:less|fewer|more) than|times (?!(?:per|an?|each|every) )\\w+")  # words, but no units
+UNIT = (r"_[1-9][0-9]?|"  # base 9; or km/h, apples, ...
+        r"(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|oz|lb|sq|"
+        r"(?![分成折割])"
+        r"(?:(?![一二三四五六七八九十百千万亿萬億兆又点點半或])[㐀-鿿])+)|"
+        r" (?-i:[mgLlsh])|"
+        rf"(?: |(?=[^\W\d_]{{4}}))(?!(?:{MATHS})\b)[^\W\d_㐀-鿿]{{3,}})"
+        rf"(?: (?!(?:{MATHS})\b)[^\W\d_]+(?<! [b-z])){{0,3}}"
+        r"(?:/[^\W\d_]+)?(?: ?\^[23])?")
+SHORT = dict(pair.split(":") for pair in (  # units with two names
+    "meter:m metre:m millimeter:mm millimetre:mm centimeter:cm centimetre:cm kilometer:km "
+    "kilometre:km inch:in foot:ft feet:ft gram:g kilogram:kg pound:lb ounce:oz liter:l litre:l "
+    "second:s sec:s minute:min hour:h hr:h usd:dollar").split())
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
+          "trillion": 10**12}
+SCIENTIFIC = re.compile(r"^([-+]?[0-9]{1,20}(?:\.[0-9]{1,20})?)\*10\^\(?([-+]?[0-9]{1,2})\)?(?!\S)")
+WRITTEN = re.compile(
+    r"([-+]?) ?((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]{1,40})(?:\.[0-9]{1,40})?|\.[0-9]{1,40})"
+    r"(?: ?/ ?(0*[1-9][0-9]*)| ([0-9]{1,9})/(0*[1-9][0-9]*))? ?(%|per ?cent\b)?"
+    rf"((?: ?(?a:(?:{'|'.join(SCALES)})s?)\b){{0,3}})({UNIT})?", re.I)
+
+
+def plain(text):
+    """An answer without LaTeX; if there is a \\boxed{}, what the last one holds, "" if it is
+    open."""
+    for written, meant in SIGNS + BRACES * 4:
+        text = re.sub(written, meant, text)
+    *before, text = text.split("\\boxed")
+    if before:
+        boxed = re.match(r"\{((?:[^{}]|\{[^{}]*\})*)\}| ([^ {}]+)", text)
+        text = boxed[1] or boxed[2] or "" if boxed else ""
+    text = " ".join(text.split())
+    if not re.search(r"[<>]|\\[gl]e(?![a-z])", text):  # where x > 2 or x < 5 is not their "and"
+        text = re.sub(r",? (?:and|or) ", ", ", text)
+    text = re.sub(r"^([\"'`])(.*)\1$", r"\2", text.lstrip(" *=").rstrip(" *.。:"))
+    return re.sub(r"^\(([^(),]*)\)$|^\{([^{}]*)\}$", r"\1\2", text)  # (B) is B
+
+
+def parse_number(text):
+    """A number as people write it, 1,234.50, -3/4, 1 1/2, 50%, 5 million or 72 km/h -> (exact
+    value, whether it is a percentage, its unit or ""), or None; also for 2k and 3x."""
+    text = re.sub(r"^([-+]?)10\^", r"\g<1>1*10^", text)
+    text = SCIENTIFIC.sub(lambda m: f"{Decimal(f'{m[1]}e{m[2]}'):f}", text)
+    found = WRITTEN.fullmatch(text)
+    if not found:
+        return None
+    sign, number, below, upper, lower, percent, scales, unit = found.groups()
+    value = Fraction(number.replace(",", "")) / int(below or 1)
+    value += Fraction(int(upper or 0), int(lower or 1))
+    for scale in scales.lower().split():
+        value *= SCALES[scale.removesuffix("s")]
+    plurals = r"(?<=[cs]h)es\b|(?<=x)es\b|(?<=ss)es\b|(?<=[^\Ws])s\b"
+    unit = re.sub(rf"{plurals}|[ ^]", "", (unit or "").lower())
+    return (-value if sign == "-" else value), bool(percent), SHORT.get(unit, unit)
+
+
+def canonical(text):
+    """Of plain text: no needless spaces, fractions and decimals in lowest terms, and in order what
+    stands between commas outside brackets (1,500, 2,300 are two numbers)."""
+    if ", " in text:
+        text = re.sub(r"(?<![\w.,])[1-9][0-9]{0,2}(,[0-9]{3})+(?=, |$)",
+                      lambda m: m[0].replace(",", ""), text)
+    is_words = re.fullmatch(r"(?:[\w.'!?]+[ ,]+)*(?:[^\W\d_]{3,}|no)[.!?]?|\w", text, re.I)
+    text = re.sub(r"(?<![0-9]) | (?![0-9])|(?<=[0-9A-Za-z)])(?<!\\pm)\*(?! ?[0-9*])", "", text)
+    if is_words:
+        text = text.lower()
+    text = re.sub(r"(?<![\w.^/])([0-9]+/0*[1-9][0-9]*|[0-9]*\.[0-9]+)(?![.0-9^!])",
+                  lambda m: str(Fraction(m[0])), text)
+    items, depth = [""], 0
+    for sign in text:
+        depth += (sign in "([") - (sign in ")]")
+        if sign in ",;" and depth == 0:
+            items.append("")
+        else:
+            items[-1] += sign
+    return ", ".join(sorted(items))
+
+
+def verify_written(problem, answer):
+    """Right if answer and target are one number, or the same list or text, however written. Units
+    count if both have one; of currency signs, $ is one. Percentages: 50% is 1/2, also 50 where the
+    question asked for a percentage, which shows in a target above 1."""
+    if max(len(answer), len(problem.target)) > MAX_ANSWER:  # the same words
+        words, wanted = (" ".join(text.lower().split()) for text in (answer, problem.target))
+        return words if words == wanted else words[:MAX_ANSWER], words == wanted
+    got, want = plain(answer), plain(problem.target)
+    right_form = canonical(want)  # one form: all that are right vote for it
+    if ("=" in got) != ("=" in want):  # x = 72 is 72
+        got, want = NAME.sub(r"\1", got), NAME.sub(r"\1", want)
+    number, goal = parse_number(got), parse_number(want)
+    if not (number and goal) or number[2] and goal[2] and number[2] != goal[2]:
+        form = canonical(got)
+        # Else 1,234 would be the same list as 234,1.
+        same_kind = not goal or bool(number)
+        is_same = same_kind and form != "" and form == canonical(want)
+        if not is_same and form == right_form:
+            return None, False  # 234,1 must not vote for 1,234
+        return (right_form if is_same else form or None), is_same
+    (value, percent, _), (target, target_percent, _) = number, goal
+    shares = value / (100 if percent else 1), target / (100 if target_percent else 1)
+    if shares[0] == shares[1] or value == target and (abs(target) > 1 or target_percent):
+        return right_form, True
+    return str(value) + "%" * percent, False
+
+
+VERIFIERS["file"] = verify_written

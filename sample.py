@@ -1,4 +1,4 @@
-"""What asks a model and takes no gradient: sampling, evaluation, rejection sampling. As a script it
+"""Whatever runs a model without gradients: sampling, evaluation, rejection sampling. As a script it
 prints problems with the model's thinking, its answer and its rewards.
 
     python sample.py                                                # held-out problems, out/zero
@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import unicodedata
+import zlib
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -70,7 +71,7 @@ class SampleConfig:
     eval_samples: int = opt(16, "completions per held-out problem in an evaluation", least=1)
     ckpt: str = opt("", "checkpoint for `eval` and `export`; none = out_dir/zero/ckpt.pt")
 
-    def rules(self):
+    def check(self):
         find_device(self.device)
 
 
@@ -230,13 +231,18 @@ def open_checkpoint(given, path="", beside=None):
         given = {**given, "init_from": path}
     else:
         if path == given.get("init_from"):
-            data.load_tokenizer(path)  # raises: a model's name is no folder
+            data.load_tokenizer(path)  # raises: a model's name is not a folder
         state = load_checkpoint(path)
         if state.get("stage") == "reward_model":
             raise UserError(f"{path} is a reward model: it judges answers and gives none")
         trained = state.get("settings", {})
-    if "data" in given:
+        if given.get("init_from") and not trained.get("init_from"):
+            raise UserError(f"{path} was not trained from a folder: leave out --init_from")
+    if "data" in given and os.path.realpath(given["data"]) != os.path.realpath(
+            trained.get("data", "")):
         trained = {**trained, "eval_data": ""}
+    elif "data" in given:
+        trained = {**trained, "data": given["data"]}  # what is held out of it is in eval_data
     elif "eval_data" in given:
         given = {"data": trained.get("data") or given["eval_data"], **given}
     elif given.get("task", "file") != "file":
@@ -292,7 +298,8 @@ def majority_vote(verdicts):
     """cons@k: is the most frequent answer right? `verdicts` are (canonical form or None, right) of
     k samples. Samples without an answer do not vote; of a tie the answer sampled first wins."""
     votes = Counter(form for form, _ in verdicts if form is not None)
-    return bool(votes) and dict(verdicts)[max(votes, key=votes.get)]
+    winner = max(votes, key=votes.get, default=None)
+    return winner is not None and dict(verdicts)[winner]
 
 
 def assess(problem, text, completion, cfg):
@@ -314,7 +321,7 @@ def assess(problem, text, completion, cfg):
 def evaluate(model, tok, problems, k, cfg, temperature):
     """k completions of each problem -> (metrics, the lines of samples.jsonl). The 95 % interval of
     pass@1 is over problems, because the k samples of one are not independent; neither are logic
-    puzzles that differ in names alone, which count as one."""
+    puzzles that differ only in names, which count as one."""
     _, generator = generators("evaluate")
     answers = sample_answers(model, tok, problems, k, cfg, temperature, generator, "evaluate")
     samples, n = [assess(*answer, cfg) for answer in answers], len(problems)
@@ -340,41 +347,59 @@ def evaluate(model, tok, problems, k, cfg, temperature):
     return {**metrics, "problems": n, "samples": k, "temperature": temperature}, samples
 
 
-ASKED = [*(f.name for f in fields(DataConfig) if f.name not in ("task", "mix")),
-         "max_new_tokens", "temperature", "eval_samples"]
+EVAL_SETTINGS = [*(f.name for f in fields(DataConfig) if f.name not in ("task", "mix")),
+                 "max_new_tokens", "temperature", "eval_samples"]
 
 
-def how_asked(settings, of=None):
-    """Those of the settings ASKED that are not the defaults: evaluations that are equal in these
-    can be compared. `of`: [path, time] of a model that was trained elsewhere."""
+def eval_settings(settings, origin=None):
+    """The EVAL_SETTINGS that are not the defaults, and checksums of the files among them:
+    evaluations with the same ones can be compared. `origin`: [path, checksum] of a model that was
+    trained elsewhere."""
     default = Config().settings()
-    asked = {key: settings[key] for key in ASKED if settings[key] != default[key]}
-    return {**asked, "of": of} if of else asked
+    own = {key: settings[key] for key in EVAL_SETTINGS if settings[key] != default[key]}
+    files = {key: checksum(settings[key]) for key in ("data", "eval_data") if key in own}
+    return {**own, **({"files": files} if files else {}), **({"origin": origin} if origin else {})}
 
 
-def evaluate_tasks(model, tok, cfg, folder, of=None, requests=False):
-    """Held-out problems of cfg.data.tasks(), sampled at the training temperature (these samples go
-    into FOLDER/samples.jsonl), at the paper's 0.6 and greedily, into FOLDER/eval.json. A toy model
-    is asked a twentieth as many problems of every other task as well, or up to 100 with --task=all
-    and, if it has learnt from such (`requests`), of general requests; unless FOLDER holds more
-    about it. `of`: see `how_asked`."""
+def checksum(path):
+    """Of a file, None if there is none."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as f:
+        return zlib.crc32(f.read())
+
+
+def results_folder(ckpt):
+    """Where the evaluation of a checkpoint lies: beside it; of one that is not called ckpt.pt, and
+    need not be the only one in its folder, in a folder of its own."""
+    folder, file = os.path.split(ckpt)
+    return folder if file == "ckpt.pt" else f"{ckpt}.eval"
+
+
+def evaluate_tasks(model, tok, cfg, folder, origin=None, requests=False):
+    """Evaluates cfg.data.tasks() in full: held-out problems, sampled at the training temperature,
+    at the paper's 0.6 and greedily, into FOLDER/eval.json (of the first, samples.jsonl). Toy models
+    also get a few problems of every other task: 5 % as many, or up to 100 with --task=all and, if
+    they have learnt from `requests`, of general ones. What FOLDER holds of more problems is kept.
+    `origin`: see `eval_settings`."""
     main, k, n = cfg.data.tasks(), cfg.sample.eval_samples, cfg.data.eval_problems
-    asked, samples, tasks = how_asked(cfg.settings(), of), [], dict.fromkeys(main, n)
+    settings, samples = eval_settings(cfg.settings(), origin), []
+    tasks = dict.fromkeys(main, n)  # {task: how many problems}
     results = {task: found for task, found in read_results(folder).items()
-               if found.get("asked", {}).get("of") == of}
+               if found.get("settings", {}).get("origin") == origin}
     model = for_sampling(model, cfg.sample)
     for task in data.TASKS if not (cfg.sample.init_from or cfg.data.data) else ():
         fully = cfg.data.task == "all" or requests and task in data.GENERAL
         few = min(n, 100) if fully else max(1, n // 20)
-        known = results.get(task, {})
-        same = known and {**known.get("asked", {}), "eval_problems": 0} == {
-            **asked, "eval_problems": 0}
-        if task not in (*main, "file") and not (same and known["problems"] > few):
+        known = results.get(task, {"problems": 0})
+        same = {**known.get("settings", {}), "eval_problems": 0} == {**settings, "eval_problems": 0}
+        is_more = known["problems"] > few and (same or "pass@1_greedy" in known)
+        if task not in (*main, "file") and not is_more:
             tasks[task] = few
     for task, n in tasks.items():
         problems = data.eval_problems(cfg.data, n, task)
         results[task], found = evaluate(model, tok, problems, k, cfg, cfg.grpo.temperature)
-        results[task]["asked"] = asked
+        results[task]["settings"] = settings
         samples += found[:100 * k]
         if task in main:
             few = min(4, max(1, 400 // n))  # some 400 samples will do
@@ -393,8 +418,8 @@ def evaluate_tasks(model, tok, cfg, folder, of=None, requests=False):
 
 def win_rates(samples, tok, out_dir):
     """How many of the answers in chat that differ from dev3's (`differ` is their share) are better,
-    ties counting half: by gold reward, and by the reward model, which was exploited if it says much
-    more. {} if dev3 or the reward model is missing."""
+    ties counting half: by gold reward, and by the reward model (a much higher rate means that it
+    was exploited). {} if dev3 or the reward model is missing."""
     dev3 = os.path.join(out_dir, "dev3", "samples.jsonl")
     path = os.path.join(out_dir, "reward_model", "ckpt.pt")
     if not (os.path.exists(dev3) and os.path.exists(path)):
@@ -420,9 +445,9 @@ def win_rates(samples, tok, out_dir):
 
 
 def rejection_sample(problems, texts, filters, rank=None):
-    """Keeps of texts[i], completions of problems[i], the first that passes all filters {name:
-    (problem, text) -> bool}. With a `rank`, (problem, text) -> number, it keeps the highest
-    instead, and of each task the better half -> ((problem, text) rows, {filter: how many
+    """Keeps, of the completions texts[i] of each problems[i], the first that passes all filters
+    {name: (problem, text) -> bool}; with a `rank`, (problem, text) -> number, the highest-ranked,
+    and of these the better half of each task -> ((problem, text) rows, {filter: how many
     passed})."""
     passed, rows = Counter(), []
     for problem, said in zip(problems, texts, strict=True):
@@ -446,7 +471,7 @@ def write_lines(path, lines):
 
 
 def read_lines(path):
-    """The objects in a file of JSON lines. What a crash left of a line is left out."""
+    """The objects in a file of JSON lines, but for a line that a crash cut off."""
     lines = []
     with open(path, "rb") as f:
         for line in f:
@@ -465,7 +490,7 @@ def read_results(folder):
         for task in set(results) & set(data.TASKS):
             # Raises unless they are there, and numbers.
             results[task]["samples"] + results[task]["problems"] + results[task]["pass@1"]
-            dict(results[task].get("asked", {}))
+            dict(results[task].get("settings", {}))
     return results
 
 
@@ -491,7 +516,7 @@ class AskConfig:
     seed: int = opt(1, "of the samples", least=0)
     device: str = opt("auto", "cpu, cuda, cuda:1, or auto: cuda where there is one")
 
-    def rules(self):
+    def check(self):
         if 0 < self.temperature < 0.01:
             raise UserError(f"temperature={self.temperature} is neither 0 nor 0.01 or more")
         if bool(self.numbers) != (self.target >= 0):
@@ -505,7 +530,8 @@ class AskConfig:
                             "--numbers and --vs")
         numbers = (self.numbers or "0,0").split(",")
         if len(numbers) < 2 or not all(n.strip().isdecimal() and len(n) < 10 for n in numbers):
-            raise UserError(f"--numbers={self.numbers} is no list of whole numbers such as 3,7,2")
+            raise UserError(f"--numbers={self.numbers} is not a list of whole numbers, such as "
+                            f"3,7,2")
 
 
 def printable(text):
@@ -553,9 +579,9 @@ def fit(text, width):
 
 
 def ask(args, given, path, beside=None):
-    """(path, problems, what `render` makes of a completion of each, settings): what the checkpoint
-    at `path` answers to the problems that the flags name, and the settings it was asked with."""
-    path, model, tok, cfg = open_checkpoint(given, path, beside)
+    """(problems, what `render` makes of a completion of each, settings): what the checkpoint at
+    `path` answers to the problems that the flags name, and the settings it was asked with."""
+    _, model, tok, cfg = open_checkpoint(given, path, beside)
     if args.question:
         problems = [data.Problem("file", args.question, (), "")] * args.n
     elif args.numbers:
@@ -569,7 +595,7 @@ def ask(args, given, path, beside=None):
     names = [name for name in rewards.REWARDS if getattr(cfg.rewards, f"w_{name}")
              and not (args.question and name == "accuracy")]
     shown = [render(problem, text, names) for problem, text, _ in answers]
-    return path, problems, shown, cfg.settings()
+    return problems, shown, cfg.settings()
 
 
 def write_traces(args, given):
@@ -578,6 +604,9 @@ def write_traces(args, given):
     if os.path.isdir(args.to):
         raise UserError(f"--to={args.to} is a folder: name a file")
     path, model, tok, cfg = open_checkpoint(given)
+    read = (path, cfg.data.data, cfg.data.eval_data)
+    if os.path.realpath(args.to) in [os.path.realpath(file) for file in read if file]:
+        raise UserError(f"--to={args.to} is what is read: name another file")
     rng, generator = generators(args.seed, "traces")
     n = args.problems or 400
     drawn = [data.draw_problem(cfg.data, rng) for _ in range(20 * n)]
@@ -613,16 +642,22 @@ def show_answers(given):
         given = {**NO_FILE, **given}
     if args.to:
         return write_traces(args, given)
-    path, problems, shown, settings = ask(args, given, "")
-    width, columns = max(30, shutil.get_terminal_size((120, 0)).columns // 2 - 2), [shown]
-    if args.vs:
+    path = args.ckpt or args.init_from or os.path.join(SampleConfig.out_dir, "zero", "ckpt.pt")
+    width, columns = max(30, shutil.get_terminal_size((120, 0)).columns // 2 - 2), []
+    if not args.vs:
+        problems, shown, _ = ask(args, given, path)
+        columns.append(shown)
+    else:
         if not args.ckpt:
             given.pop("init_from", None)
-        _, others, shown, _ = ask(args, given, args.vs, settings)
+        found, settings = {}, None
+        for which in sorted((path, args.vs), key=os.path.isdir):  # a folder is asked as the other
+            *found[which], settings = ask(args, given, which, settings)
+        (problems, shown), (others, theirs) = found[path], found[args.vs]
         if problems != others:
             raise UserError(f"{path} and {args.vs} were trained on different problems: "
                             f"set --task, or --numbers and --target")
-        columns.append(shown)
+        columns += [shown, theirs]
         print(fit(path[-width:], width) + "  " + args.vs[-width:])
     for problem, *answers in zip(problems, *columns, strict=True):
         print(f"--- {printable(problem.question)}")

@@ -1,6 +1,6 @@
-"""The DeepSeek-R1 pipeline on a laptop: this file turns the others into runs.
+"""The DeepSeek-R1 pipeline on a laptop: the stages, and how they run.
 
-    base ---- SFT: anybody's traces, --traces=FILE ------> sft           instead of base for zero
+    base ---- SFT: traces of any source, --traces=FILE --> sft           instead of base for zero
     base ---- GRPO: accuracy, format --------------------> zero          DeepSeek-R1-Zero
     base ---- SFT: zero's most readable right traces ----> dev1          cold start
     dev1 ---- GRPO: + one language ----------------------> dev2          reasoning RL
@@ -84,8 +84,8 @@ class TrainConfig:
     base_lr: float = opt(5e-3, "its peak learning rate", above=0, most=1)
     base_rows: int = opt(12, "rows of packed documents per step", least=1)
     base_length: int = opt(352, "tokens per row", least=1)
-    base_optimizer: str = opt("muon", "of supervised training; muon: for matrices, AdamW for the "
-                              "rest", choices=("muon", "adamw"))
+    base_optimizer: str = opt("muon", "of supervised training: adamw, or muon (Muon for matrices, "
+                              "AdamW for the rest)", choices=("muon", "adamw"))
     base: str = opt("", "checkpoint of a base to start from; none = out_dir/base/ckpt.pt, trained "
                     "if it is not there")
     sft_steps: int = opt(60, "optimiser steps of fine-tuning, and of the reward model", least=1)
@@ -161,6 +161,8 @@ def stage_config(stage, given, tok):
                         f"{cfg.model.context}: lower it or raise --context")
     if cfg.train.base and "n_layer" not in stage.settings:  # small models have a base of their own
         state = load_checkpoint(cfg.train.base)
+        if state.get("stage") == "reward_model":
+            raise UserError(f"--base={cfg.train.base} is a reward model")
         keys = [*CORPUS, "init_from"]  # the same corpus, the same tokenizer
         refuse_other_settings(cfg, state, keys, cfg.train.base, "choose another --base")
         with reading(cfg.train.base, "a checkpoint of this program"):
@@ -191,13 +193,27 @@ def refuse_other_settings(cfg, state, keys, path, advice):
 
 
 def contents(cfg):
-    """{setting: checksum} of the files with problems and traces: a run does not go on with others
-    under an old name."""
-    found = {}
-    for key in ("data", "eval_data", "traces"):
-        if os.path.isfile(path := cfg.settings()[key]):
-            with open(path, "rb") as f:
-                found[key] = zlib.crc32(f.read())
+    """{setting: checksum} of the files that were given: a run does not go on with others under an
+    old name."""
+    settings, weights = cfg.settings(), {"base": cfg.train.base, "init_from": cfg.sample.init_from}
+    found = {key: sample.checksum(settings[key]) for key in ("data", "eval_data", "traces")}
+    found |= {key: weights_checksum(path) for key, path in weights.items() if path}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def weights_checksum(path):
+    """Of a checkpoint, or of all safetensors files in a folder; of large files, of 64 pieces."""
+    files = [path]
+    if os.path.isdir(path):
+        files = [os.path.join(path, file) for file in sorted(os.listdir(path))
+                 if file.endswith(".safetensors")]
+    found = 0
+    for file in files:
+        size = os.path.getsize(file)
+        with open(file, "rb") as f:
+            for i in range(64):
+                f.seek(i * size // 64)
+                found = zlib.crc32(f.read(2**16), found)
     return found
 
 
@@ -250,9 +266,13 @@ HEADINGS = {  # shorter ones, since a table fits 110 columns
 WIDTHS = {"cut": 4, "grad": 7, "loss": 7}  # least ones; else 5
 
 
-def cut_short(saved, steps):
-    """What to say of a checkpoint whose run was to take more steps; `steps` names that setting."""
-    step, planned = saved.get("step", 0), saved.get("settings", {}).get(steps, 0)
+STEPS = {"base": "base_steps", "rl": "rl_steps", "sft": "sft_steps", "pairs": "sft_steps"}
+
+
+def cut_short(saved):
+    """What to say of a checkpoint whose run was to take more steps."""
+    stage = STAGES.get(saved.get("stage"), STAGES["base"])
+    step, planned = saved.get("step", 0), saved.get("settings", {}).get(STEPS[stage.kind], 0)
     return f", cut short at step {step} of {planned}" if step < planned else ""
 
 
@@ -264,46 +284,54 @@ def handle_ctrl_c(handler):
 class Run:
     """One stage under way: its settings, its folder, and how it resumes, logs, saves and stops."""
 
-    def __init__(self, name, given, asked=True):
-        """`asked`: whether the command line names the stage; else others need it."""
+    def __init__(self, name, given, named=True):
+        """`named`: whether the command line names the stage, or only others need it."""
         self.name, self.stage = name, stage_of(name, given)
         self.tok = data.load_tokenizer(given.get("init_from", ""))
         self.cfg = cfg = stage_config(self.stage, given, self.tok)
         self.seed, self.device = cfg.sample.seed, sample.find_device(cfg.sample.device)
-        steps = {"base": "base_steps", "rl": "rl_steps"}.get(self.stage.kind, "sft_steps")
-        self.steps = cfg.settings()[steps]
+        self.steps = cfg.settings()[STEPS[self.stage.kind]]
         self.seconds, self.skipped, self.rows, self.stopping = 0.0, 0, 0, False
         self.files = contents(cfg)
         self.dir, self.saved = os.path.join(cfg.sample.out_dir, name), {"step": 0}
         os.makedirs(self.dir, exist_ok=True)
         if os.path.exists(self.path("ckpt.pt")):
             self.saved = load_checkpoint(self.path("ckpt.pt"))
-            if "optimizers" not in self.saved or self.saved.get("stage") != name:
-                raise UserError(f"{self.path('ckpt.pt')} is no checkpoint of {name}: move it away")
-            keys, then = RESUME_KEYS[self.stage.kind], self.saved.get("settings", {})
-            if not asked and self.saved["step"] >= then.get(steps, math.inf):
-                # Finished, and needed only by others: --rl_lr, say, is meant for those.
-                self.steps, keys = self.saved["step"], [key for key in keys if key in INHERITED]
-            if cfg.train.base and "n_layer" not in self.stage.settings:  # of another run
-                keys = [key for key in keys if key not in READING]
-            refuse_other_settings(cfg, self.saved, keys, self.dir,
-                                  "delete it or choose another --out_dir")
-            then = self.saved.get("files", {})
-            other = [cfg.settings()[key] for key in then if then[key] != self.files.get(key)]
-            if other and self.saved["step"] < self.steps:
-                raise UserError(f"{self.dir} has learnt from other contents of "
-                                f"{' and '.join(other)}: choose another --out_dir")
-            if other := [path for path in other if os.path.exists(path)]:
-                print(f"{name}: has learnt from other contents of {' and '.join(other)}")
+            self.check_saved(named)
         trained = self.saved
         if name == "base" and cfg.train.base and not trained["step"]:
             trained = load_checkpoint(cfg.train.base)
         # When it was first trained, and last; what to say if that ended early.
         self.began, self.ended = self.saved.get("began", time.time()), trained.get("ended", 0.0)
-        self.cut_short = cut_short(trained, steps)
-        # Checkpoints say what "auto" meant. A resumed run and all later sampling keep that dtype,
-        # because RL moves weights by less than bfloat16 can represent.
-        then = self.saved.get("settings", {})
+        self.cut_short = cut_short(trained)
+        self.set_rounding(given)
+
+    def check_saved(self, named):
+        """Raises UserError if the checkpoint in this folder is from other settings or files."""
+        if "optimizers" not in self.saved or self.saved.get("stage") != self.name:
+            raise UserError(f"{self.path('ckpt.pt')} is not a checkpoint of {self.name}: move it "
+                            f"away")
+        keys, then = RESUME_KEYS[self.stage.kind], self.saved.get("settings", {})
+        if not named and self.saved["step"] >= then.get(STEPS[self.stage.kind], math.inf):
+            # Finished, and needed only by others: --rl_lr, say, is meant for those.
+            self.steps, keys = self.saved["step"], [key for key in keys if key in INHERITED]
+        if self.cfg.train.base and "n_layer" not in self.stage.settings:  # of another run
+            keys = [key for key in keys if key not in READING]
+        refuse_other_settings(self.cfg, self.saved, keys, self.dir,
+                              "delete it or choose another --out_dir")
+        then, settings = self.saved.get("files", {}), self.cfg.settings()
+        other = [settings[key] for key in then if then[key] != self.files.get(key)]
+        if other and self.saved["step"] < self.steps:
+            raise UserError(f"{self.dir} has learnt from other contents of {' and '.join(other)}: "
+                            f"choose another --out_dir")
+        if other := [path for path in other if os.path.exists(path)]:
+            print(f"{self.name}: has learnt from other contents of {' and '.join(other)}")
+
+    def set_rounding(self, given):
+        """Sets the dtype to sample in and what multiplies matrices. Checkpoints say what "auto"
+        meant. A resumed run and all later sampling keep that dtype, because RL moves weights by
+        less than bfloat16 can represent."""
+        cfg, then = self.cfg, self.saved.get("settings", {})
         cfg.sample.sample_dtype = given.get("sample_dtype") or then.get("sample_dtype", "auto")
         on_folder = cfg.sample.init_from and self.stage.parent in (None, "base")
         if cfg.train.lora_rank and not on_folder:
@@ -312,7 +340,7 @@ class Run:
         cfg.sample.sample_dtype = str(self.sample_dtype).removeprefix("torch.")
         before, now = then.get("sample_dtype"), cfg.sample.sample_dtype
         if before and before != now:
-            print(f"{name}: has sampled in {before}, and now does in {now}")
+            print(f"{self.name}: has sampled in {before}, and now does in {now}")
         before, now = then.get("matmul", "auto"), cfg.sample.matmul
         if "auto" not in (before, now) and before != now and self.saved["step"] < self.steps:
             raise UserError(f"{self.dir} was trained with matmul={before}, which rounds otherwise "
@@ -356,8 +384,8 @@ class Run:
         base = self.cfg.train.base if stage == "base" else ""
         return load_model(base or os.path.join(out_dir, stage, "ckpt.pt"), self.device, cls)
 
-    def to_ask(self, stage):
-        """The settings to ask a finished stage with."""
+    def settings_for(self, stage):
+        """The settings to sample from a finished stage with."""
         merged = self.cfg.train.lora_rank and stage != "base"
         changes = {"sample_dtype": "float32"} if merged else {}
         return replace(self.cfg, sample=replace(self.cfg.sample, **changes))
@@ -372,8 +400,10 @@ class Run:
         model.checkpointing = train.checkpointing
         if train.compile:
             model.compiled_trunk = torch.compile(model.trunk, dynamic=True)
-            with reading("--compile=true", "possible here"):  # it compiles when it is first called
-                model.hidden(torch.zeros(2, 2, dtype=torch.long, device=self.device))
+            tokens = torch.zeros(2, 4, dtype=torch.long, device=self.device)
+            trained = any(p.requires_grad for p in model.parameters())
+            with reading("--compile=true", "possible here"), torch.set_grad_enabled(trained):
+                model.hidden(tokens[:, :-1])  # it compiles when it is first called
 
     def append(self, file, values):
         """One JSON object as a line of a log; what is not finite becomes null."""
@@ -456,7 +486,7 @@ def pair_loss(model, tokens, lengths):
 
 
 def supervise(run, model, batch_fn, lr, loss_fn=next_token_loss):
-    """Minimises `loss_fn(model, *batch_fn(rng))` over the run's steps."""
+    """Minimises `loss_fn(model, *batch_fn(rng))` over the run's steps, and saves."""
     cfg, steps = run.cfg.train, run.steps
     run.set_up(getattr(model, "gpt", model))
     optimizers = make_optimizers(model, lr, cfg.base_optimizer)
@@ -517,7 +547,7 @@ def judged(cfg):
 
 
 def train_rl(run):
-    """GRPO on the parent's model. R1-Zero is that on the base, with rules alone as rewards."""
+    """GRPO on the parent's model. R1-Zero is that on the base, with only rules as rewards."""
     cfg, ref, judge = run.cfg, None, None
     print_memory(run)
     policy = run.load(run.stage.parent)
@@ -554,13 +584,13 @@ FILTERS = {"right": rewards.is_right, "in format": in_format, "in one language":
 
 
 def train_dev1(run):
-    """Cold start: the base learns from those of R1-Zero's traces that mix languages least."""
+    """Cold start: the base learns from the traces of R1-Zero that mix languages least."""
     train_sft(run, ["right", "in format"], rank=rewards.one_language)
 
 
 def train_dev3(run):
-    """Rejection sampling: the base, not dev2, learns from those of dev2's traces that pass all
-    filters, and from scripted replies, as in the paper."""
+    """Rejection sampling: the base, not dev2, learns from the traces of dev2 that pass all filters,
+    and from scripted replies, as in the paper."""
     train_sft(run, list(FILTERS), replies=run.cfg.train.general_replies)
 
 
@@ -601,8 +631,9 @@ def train_traces(run):
     path, context = run.cfg.train.traces, run.cfg.model.context
     traces = data.read_traces(path, run.tok, run.cfg.data)
     rows = [row for row in traces if len(row[0]) + len(row[1]) < context]
-    long = f", {len(traces) - len(rows)} of them longer than context={context}, left out"
-    print(f"{run.name}: {len(traces)} answers in {path}{long * (len(rows) < len(traces))}")
+    n_long = len(traces) - len(rows)
+    long = f", {n_long} of them longer than context={context}, left out" if n_long else ""
+    print(f"{run.name}: {len(traces)} answers in {path}{long}")
     if not rows:
         raise UserError(f"traces={path} holds nothing that fits")
     fine_tune(run, rows)
@@ -620,13 +651,14 @@ def source_samples(run, tasks=None, held_out=False):
     """(problems, for each a list of what the source stage answers); of the given tasks, or as the
     stage draws them. With `held_out` a fifth as many, from the held-out part."""
     cfg, k, n = run.cfg, run.cfg.train.source_samples, run.cfg.train.source_problems
-    rng, generator = generators(run.seed, run.name, "source", *["held out"] * held_out)
+    key = [run.seed, run.name, "source"] + (["held out"] if held_out else [])
+    rng, generator = generators(*key)
     problems = []
-    for _ in range(-(-n // 5) if held_out else n):
+    for _ in range(math.ceil(n / 5) if held_out else n):
         task = rng.choice(tasks) if tasks else None
         problems.append(data.draw_problem(cfg.data, rng, task, held_out))
     model = sample.for_sampling(run.load(run.stage.source),
-                                run.to_ask(run.stage.source).sample)
+                                run.settings_for(run.stage.source).sample)
     answers = sample.sample_answers(model, run.tok, problems, k, cfg, cfg.grpo.temperature,
                                     generator, f"{run.name}: sampling {run.stage.source}")
     texts = [text for _, text, _ in answers]
@@ -666,8 +698,8 @@ def train_reward_model(run):
 
 
 def with_a_slip(text, tok, rng):
-    """The completion with one token of its answer doubled, left out or exchanged: names and the
-    numbers 1 to 5 for their like, anything else for a thing (now and then for itself)."""
+    """The completion with one token of its answer doubled, left out or exchanged: a name for a
+    name, one of 1 to 5 for another, anything else for a thing (sometimes it stays the same)."""
     answer = rewards.split_completion(text)[1]
     if not answer:
         return text
@@ -789,6 +821,9 @@ def has_dev3(stage):
     return stage in STAGES and "dev3" in resolve_dependencies([stage])
 
 
+NEEDS = {"lora_alpha": "lora_rank", "question_key": "data", "answer_key": "data"}
+
+
 def check_stages(stages, words, given):
     """Raises UserError, before hours of training, if one of them will not run; `words`: those that
     the command line names."""
@@ -799,8 +834,13 @@ def check_stages(stages, words, given):
                         f"toy's small base or its general requests")
     if "sft" in stages and not traces:
         raise UserError("sft needs --traces=FILE.jsonl")
+    default = Config().settings()
+    for key, other in NEEDS.items():
+        if given.get(key, default[key]) != default[key] and not given.get(other):
+            raise UserError(f"--{key} does nothing without --{other}")
     tok, out_dir = data.load_tokenizer(folder), given.get("out_dir", SampleConfig.out_dir)
     judge, will_be_trained = os.path.join(out_dir, "reward_model", "ckpt.pt"), set()
+    idle = {key for key in names(RewardConfig) if given.get(key)}  # weights of no use to any stage
     for i, name in enumerate(stages):
         stage = stage_of(name, given)
         cfg = stage_config(stage, given, tok)
@@ -812,47 +852,66 @@ def check_stages(stages, words, given):
             with redirect_stdout(None):  # raises if it was trained with other settings
                 run = Run(name, given, name in words)
             for other in {stage.parent, stage.source} & will_be_trained:
-                raise grew_from_an_earlier(other, run)
+                raise grew_from_earlier(other, run)
         elsewhere = name == "base" and (folder or cfg.train.base)
         if not elsewhere and not (saved and run.saved["step"] >= run.steps):
             will_be_trained.add(name)
+        if stage.kind == "rl":
+            judges = {key for key in names(RewardConfig) if getattr(cfg.rewards, key) and any(
+                rewards.applies(key.removeprefix("w_"), data.Problem(task, "", (), ""))
+                for task in cfg.data.shares())}
+            idle -= judges
+            if not judges:
+                raise UserError(f"{name}: no reward with a weight judges "
+                                f"{', '.join(cfg.data.shares())}: see --w_format, or --mix")
         if stage.kind == "rl" and judged(cfg) and "reward_model" not in stages[:i]:
             fault = ", which is not there"
             if os.path.exists(judge):
-                fault = cut_short(load_checkpoint(judge), "sft_steps")
+                fault = cut_short(load_checkpoint(judge))
             if fault:
                 raise UserError(f"{name}: w_preference needs a reward model, {judge}{fault}: "
                                 f"train.py reward_model makes it")
+    if idle and any(STAGES[name].kind == "rl" for name in stages):
+        raise UserError(f"--{sorted(idle)[0]} does nothing: no stage draws problems that it judges "
+                        f"(see --mix)")
 
 
-def grew_from_an_earlier(other, run):
+def grew_from_earlier(other, run):
+    """The error to raise if a stage's parent or source is newer than itself."""
     return UserError(f"{run.dir} grew from an earlier {other}: delete it and the stages after it, "
                      f"or choose another --out_dir")
 
 
-def run_stage(name, given, asked=True, earlier=None):
+def adopt_base(run):
+    """A base that was trained elsewhere: brings along what is known of it there -> its origin."""
+    base, folder, settings = run.cfg.train.base, run.cfg.sample.init_from, run.cfg.settings()
+    print(f"base: {folder or base}{run.cut_short}")
+    if not run.cfg.train.traces:  # with them RL starts from other weights
+        print_memory(run)
+    origin = [os.path.realpath(folder or base), run.files["init_from" if folder else "base"]]
+    if folder:
+        return origin
+    if run.saved["step"] and not os.path.samefile(base, run.path("ckpt.pt")):
+        raise UserError(f"{run.dir} holds a base that was trained here: leave out --base or choose "
+                        f"another --out_dir")
+    known = {task: {**found, "settings": sample.eval_settings(settings, origin)}
+             for task, found in read_results(sample.results_folder(base)).items()
+             if task in data.TASKS and found.get("settings") == sample.eval_settings(settings)}
+    write_json(run.path("eval.json"), read_results(run.dir) | known)
+    return origin
+
+
+def run_stage(name, given, named=True, earlier=None):
     """Trains and evaluates a stage unless that is done -> its Run. Raises UserError if one of the
     `earlier` stages {name: Run} that it grew from was trained again, or on, since then."""
-    run, base = Run(name, given, asked), given.get("base")
+    run, origin = Run(name, given, named), None
     for other in (run.stage.parent, run.stage.source):
         if other in (earlier or {}) and earlier[other].ended > run.began:
-            raise grew_from_an_earlier(other, run)
-    of, now = None, run.cfg.settings()
+            raise grew_from_earlier(other, run)
+    now = run.cfg.settings()
     then = {**now, **run.saved.get("settings", {})}
-    if name == "base" and (run.cfg.sample.init_from or base):
-        print(f"base: {run.cfg.sample.init_from or base}{run.cut_short}")  # trained elsewhere
-        if not given.get("traces"):  # else RL starts from other weights
-            print_memory(run)
-        if base and run.saved["step"] and not os.path.samefile(base, run.path("ckpt.pt")):
-            raise UserError(f"{run.dir} holds a base that was trained here: leave out --base or "
-                            f"choose another --out_dir")
-        of = [os.path.realpath(base or run.cfg.sample.init_from), run.ended]
-        if base:  # What is known of it in its own folder, if it was asked in the same way.
-            elsewhere = read_results(os.path.dirname(base))
-            write_json(run.path("eval.json"), read_results(run.dir) | {
-                task: {**found, "asked": sample.how_asked(now, of)}
-                for task, found in elsewhere.items() if task in data.TASKS
-                and found.get("asked") == sample.how_asked(now)})
+    if name == "base" and (run.cfg.sample.init_from or run.cfg.train.base):
+        origin = adopt_base(run)
     elif run.saved["step"] >= run.steps:
         print(f"{name}: done ({run.path('ckpt.pt')}, {run.saved['step']} steps{run.cut_short})")
         run.saved = {"step": run.saved["step"]}  # the rest is large
@@ -861,22 +920,25 @@ def run_stage(name, given, asked=True, earlier=None):
         for file in ("eval.json", "samples.jsonl"):  # left by a run of fewer steps
             with suppress(FileNotFoundError):
                 os.remove(run.path(file))
+        if run.cfg.train.compile:
+            torch.compiler.reset()  # what earlier stages compiled counts against its limit
         try:
             run.stage.train(run)
         finally:
             handle_ctrl_c(signal.default_int_handler)
         plot_curves(run.dir)
     found = read_results(run.dir)
-    # Asked again, unless this is an evaluation in full (what is asked in passing has no greedy
-    # answers) with the settings that the run was trained with, or with these.
-    asked = [sample.how_asked(settings, of) for settings in (now, then)]
+    # Evaluated again, unless this was done in full (what is asked in passing has no greedy answers)
+    # with the settings that the run was trained with, or with these.
+    same = [sample.eval_settings(settings, origin) for settings in (now, then)]
     if name == "reward_model":
         if "pairs" not in found:
             evaluate_reward_model(run, run.load(name, RewardModel))
-    elif not all("pass@1_greedy" in found.get(task, {}) and found[task].get("asked") in asked
+    elif not all("pass@1_greedy" in found.get(task, {}) and found[task].get("settings") in same
                  for task in run.cfg.data.tasks()):
         model = run.load(name)  # as saved: adapters are merged
-        sample.evaluate_tasks(model, run.tok, run.to_ask(name), run.dir, of, has_dev3(name))
+        sample.evaluate_tasks(model, run.tok, run.settings_for(name), run.dir, origin,
+                              has_dev3(name))
     return run
 
 
@@ -920,13 +982,15 @@ def memory_plan(cfg, prompt_len, device, shared_len=0):
         less = block - 2 * product * m.n_kv_head * m.d_head  # rows hold copies of keys and values
         activations -= m.n_layer * less * (tokens // columns - 1) * shared_len
     activations += 4 * 4 * min(2**24, tokens * m.vocab_size)  # logits and their gradients
+    if tokens * m.vocab_size > 2**24 and not t.lora_rank:  # in chunks, which add up
+        activations += 8 * m.n_embd * m.vocab_size  # the head's gradient so far, and a chunk's
     step = 4 * trained if device.type == "cuda" else 0  # AdamW works on all weights at a time
     return always, {"sampling": sampling, "update": 4 * trained + max(activations, step)}
 
 
 def return_memory():
-    """Makes glibc give back to the system what is freed. Else large models' tensors leave gaps in
-    its heap, which on a CPU cost half as much again as the activations."""
+    """Makes glibc give back to the system what is freed. Otherwise large models' tensors leave gaps
+    in its heap, which on a CPU cost half as much again as the activations."""
     with suppress(AttributeError, OSError, TypeError):  # other systems
         ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
@@ -977,6 +1041,13 @@ def print_tables(results, tasks):
                 "pass@1_untagged", "format", "one_language", "length", "truncated"]
         print_table(f"{task}: {most} held-out problems, {k} samples of each", rows,
                     {HEADINGS.get(key, key): (task, key) for key in keys})
+        own = {stage: {key: value for key, value in found[task].get("settings", {}).items()
+                       if key not in ("eval_problems", "origin", "files")}
+               for stage, found in rows.items()}
+        if any(settings != own[min(own)] for settings in own.values()):  # not to be compared
+            for stage, settings in own.items():
+                shown = ", ".join(f"{key}={value}" for key, value in settings.items())
+                print(f"{stage}: evaluated with {shown or 'the default settings'}")
     others = {t: (t, "pass@1") for t in data.TASKS
               if t not in tasks and any(t in r for r in results.values())}
     if others:
@@ -1046,17 +1117,23 @@ def run_table(given):
 
 
 def run_eval(given):
-    """`eval`: the final evaluation of any checkpoint, into the folder it lies in; with --init_from
-    and no --ckpt, of a model as it came."""
+    """`eval`: the final evaluation of any checkpoint, beside it, or into --out_dir if that is
+    elsewhere; with --init_from and no --ckpt, of a model as it came."""
     path, model, tok, cfg = sample.open_checkpoint(given)
-    # A model as it came is the base of what lies in out_dir.
-    is_folder = os.path.isdir(path)
-    folder = os.path.join(cfg.sample.out_dir, "base") if is_folder else os.path.dirname(path)
-    if is_folder and os.path.exists(os.path.join(folder, "ckpt.pt")):
-        raise UserError(f"{folder} holds a base that was trained here: choose another --out_dir")
-    of = [os.path.realpath(path), 0.0] if is_folder else None
-    stage = None if is_folder else load_checkpoint(path).get("stage")
-    sample.evaluate_tasks(model, tok, cfg, folder, of, has_dev3(stage))
+    origin, stage, out_dir = None, None, cfg.sample.out_dir
+    if os.path.isdir(path):  # a model as it came is the base of what lies in out_dir
+        origin, folder = [os.path.realpath(path), weights_checksum(path)], f"{out_dir}/base"
+        known = [found.get("settings", {}).get("origin") for found in read_results(folder).values()]
+        grown = [name for name in STAGES if os.path.exists(f"{out_dir}/{name}/ckpt.pt")]
+        if "base" in grown or grown and known and known[0] != origin:
+            raise UserError(f"{out_dir} holds {', '.join(grown)}, which did not grow from {path}: "
+                            f"choose another --out_dir")
+    else:
+        stage, folder = load_checkpoint(path).get("stage"), sample.results_folder(path)
+        inside = os.path.join(os.path.realpath(out_dir), "")
+        if "out_dir" in given and not os.path.realpath(path).startswith(inside):
+            folder = out_dir
+    sample.evaluate_tasks(model, tok, cfg, folder, origin, has_dev3(stage))
     print_tables({folder or path: read_results(folder)}, cfg.data.tasks())
 
 
@@ -1136,6 +1213,8 @@ def run_command_line(words, given):
             return COMMANDS[words[0]](given)
         if given.get("ckpt"):
             raise UserError("--ckpt is for `eval` and `export`; to train on from a base: --base")
+        if given.get("export_dir"):
+            raise UserError("--export_dir is for `export`")
         stages = resolve_dependencies(words, given)
         check_stages(stages, words, given)
         if given.get("init_from"):

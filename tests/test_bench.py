@@ -60,7 +60,7 @@ def test_a_shuffled_reward_says_nothing_about_its_sample(monkeypatch):
 
 def on_countdown(folder):
     """What eval.json says, but for how it was asked."""
-    return {key: value for key, value in results(folder)["countdown"].items() if key != "asked"}
+    return {key: value for key, value in results(folder)["countdown"].items() if key != "settings"}
 
 
 def test_controls_differ_from_zero_in_what_they_say_alone(finished, monkeypatch):

@@ -9,12 +9,14 @@ import time
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
+from itertools import permutations
 
 import pytest
 
 import data
 from data import (
     DataConfig,
+    Problem,
     corpus_batch,
     countdown_problem,
     document,
@@ -677,3 +679,43 @@ def test_all_stands_for_the_four_reasoning_tasks_in_the_corpus_the_mix_and_the_e
     assert 0.28 < prompts["countdown"] / 2000 < 0.36
     assert 0.12 < prompts["arithmetic"] / 2000 < 0.18
     assert 0.14 < prompts["f("] / 2000 < 0.22 and 0.13 < prompts["no"] / 2000 < 0.21
+
+
+def test_a_new_tasks_sets_of_numbers_are_held_out_in_every_order():
+    problems = [Problem("largest", f"the largest of {a}, {b} and {c}", (a, b, c), 3)
+                for a, b, c in permutations((1, 2, 3))]
+    assert len({p.held_out for p in problems}) == len({p.key for p in problems}) == 1
+    tests = [Problem("code", "f(1)=2, f(3)=4", (1, 2, 3, 4), "f"),
+             Problem("code", "f(1)=4, f(3)=2", (1, 4, 3, 2), "f")]  # the same numbers
+    assert tests[0].key != tests[1].key
+
+
+def test_a_task_in_reasoning_is_one_of_all(monkeypatch):
+    more = data.Task(data.draw_logic, data.write_logic)
+    monkeypatch.setattr(data, "TASKS", {**data.TASKS, "more": more})
+    monkeypatch.setattr(data, "REASONING", {**data.REASONING, "more": 0.1})
+    cfg = DataConfig(task="all")
+    assert cfg.shares()["more"] == pytest.approx(1 / 5)
+    drawn, rng, draw = [], random.Random(0), draw_problem
+    monkeypatch.setattr(data, "draw_problem", lambda cfg, rng, kind: drawn.append(kind) or
+                        draw(cfg, rng, kind))
+    for _ in range(100):
+        document(cfg, rng)
+    assert {"more", *data.REASONING} <= set(drawn)
+
+
+def test_the_script_shows_the_corpus_of_a_task(capsys):
+    data.main("code")
+    assert capsys.readouterr().out.count("f(") > 4
+    with pytest.raises(SystemExit) as e:
+        data.main("chat")
+    assert e.value.code == 2 and "not chat" in capsys.readouterr().err
+
+
+def test_no_room_for_a_prompt_is_said_in_those_words(tmp_path):
+    path = tmp_path / "d.jsonl"
+    lines = [json.dumps({"question": f"{i}?", "answer": i}) for i in range(9)]
+    path.write_text("\n".join(lines))
+    cfg = DataConfig(data=str(path), template="base")
+    with pytest.raises(UserError, match="leaves -4 tokens of the context to prompts"):
+        data.leave_out_long(cfg, TOK, -4)

@@ -838,6 +838,11 @@ def test_a_group_that_is_never_right_counts_as_all_wrong_whatever_its_tags_earn(
     grpo.log_step(run, 2, groups, update, 1.0, 0.5, GRPOConfig())
     found = run.metrics[0]
     assert (found["all_wrong"], found["all_right"], found["zero_variance"]) == (0.5, 0.25, 0.25)
+    for samples in groups:  # nothing rewards accuracy: unknown, not 0
+        for sample in samples:
+            sample.parts = {"format": 1.0}
+    grpo.log_step(run, 2, groups, update, 1.0, 0.5, GRPOConfig())
+    assert math.isnan(run.metrics[1]["all_wrong"]) and math.isnan(run.metrics[1]["all_right"])
 
 
 def test_dynamic_sampling_tries_so_often_and_no_more(tiny, learnt_from):

@@ -77,7 +77,8 @@ def test_the_figures_in_the_readmes_first_lines_are_those_of_the_seeds():
         return f"{min(found):.1f}–{max(found):.1f}"
 
     want = (f"from {span('base', 'pass@1')} % to {span('zero', 'pass@1')} % ({len(runs)} seeds; "
-            f"with tags left aside the base has {span('base', 'pass@1_untagged')} %:")
+            f"only answers between `<answer>` tags count; with tags left aside the base has "
+            f"{span('base', 'pass@1_untagged')} %)")
     assert want in " ".join(README.split())
 
 
@@ -196,9 +197,12 @@ def test_the_readme_lists_every_claim_that_does_not_hold():
 
 def test_what_the_readme_says_of_the_corpus_is_what_data_py_prints(capsys):
     data.main()
-    page = " ".join(README.split())
-    for line in capsys.readouterr().out.splitlines()[-2:]:
-        assert line in page
+    habits, patience = capsys.readouterr().out.splitlines()[-2:]
+    attempts, shares = habits.split(": ")
+    names, figures = zip(*re.findall("([^,%]+) ([0-9.]+ %)", shares), strict=True)
+    table = [" | ".join(map(str.strip, row)) for row in (names, figures)]
+    assert len(names) == 7 and attempts in README and all(f"| {row} |" in README for row in table)
+    assert patience[1:] in " ".join(README.split())  # a capital there
 
 
 # ---------------------------------------------------------------------------------------- code
@@ -338,7 +342,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, lenient):  # noqa
     """In one folder, with tiny settings in place of the defaults."""
     monkeypatch.chdir(tmp_path)
     tiny = [flag for flag in PIPELINE if not flag.startswith("--rl_steps")]
-    others = ("--help", "SmolLM2", "out-smol", "--task=largest", "tests/")
+    others = ("--help", "SmolLM2", "out-smol", "largest", "tests/", "data.py", "out-hf --template")
     chosen = [c for c in COMMANDS if not any(word in c for word in others)]
     for command in sorted(chosen, key=in_order):
         script, *argv = shlex.split(command)[1:]

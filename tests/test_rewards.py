@@ -364,6 +364,10 @@ def test_units_are_compared_if_both_have_one_and_letters_are_none(target, text, 
     ("5", ["x_1 = 5", "`5`", '"5"', "5:"], ["'6'"]), ("f'", [], ["f"]),
     ("1500", [r"1.5 \times 10^3", "1.5×10^{3}"], ["1.5×10^{2}"]),
     ("0.0015", [r"1.5 \times 10^{-3}"], [r"1.5 \times 10^{-4}"]),
+    ("x < -2 or x > 3", ["x<-2 or x>3"], ["x < -2 and x > 3"]),
+    ("2 or 3", ["3 and 2", "2, 3"], []), (r"\frac{6/(2+x)}{x}", [], [r"6/\frac{2+x}{x}"]),
+    (r"x^{\frac12}", [r"x^\frac12", "x^(1/2)"], ["x^1/2"]), ("p", [], ["~p"]),
+    ("3cm", [r"3~\text{cm}", "3~cm"], []),
     ("18", ["18€", "€18", r"\boxed{7}\boxed{18}"],
      [r"\boxed{18} \boxed{", r"\boxed{18}\boxed{7}", r"\boxed{1", r"\boxed"])])
 def test_answers_are_compared_without_what_only_changes_their_looks(target, same, others):
@@ -457,10 +461,28 @@ def test_language_consistency_is_the_share_of_words_in_the_questions_script(thin
     ("5", "minus 5", 0), ("2", "6÷3", 1), ("5 boxes", "5 box", 1), ("5 dishes", "5 dish", 1),
     ("5 glasses", "5 glass", 1), ("5 houses", "5 house", 1), ("5", "5 apples", 1),
     ("5", "5 imaginary", 0), ("5", "5 kappa", 0), ("5", "5 gross", 0), ("5", "5 wrong answer", 0),
-    ("7", "7 modulo x", 0)])
+    ("7", "7 modulo x", 0), ("0.6 repeating", "0.6", 0), ("12", "12 multiplied by x", 0),
+    ("12", "12 greater than y", 0), ("2", "2 sec x", 0), ("2", "2 sec", 1), ("2", "2 cosine x", 0),
+    ("1", "1 zero zero", 0), ("20", "20 miles a gallon", 1)])
 def test_words_that_are_units_and_words_that_are_not(target, answer, right):
     problem = data.Problem("file", "?", (), target)
     assert rewards.verify_written(problem, answer)[1] == bool(right)
+
+
+def test_formulas_are_no_words_of_a_language():
+    question = "\u5df2\u77e5 $x+y=3$, $xy=2$, \u6c42 $\\frac{x}{y}+\\sqrt{4}$ \u7684\u503c"
+    asked = data.Problem("file", question, (), "5")
+    chinese, english = "\u5148\u5e73\u65b9\u518d\u76f8\u52a0 $x^2$", "first square the sum"
+    assert [one_language(asked, f"<think>{text}</think>{GOOD}")
+            for text in (chinese, english)] == [1, 0]
+    asked = data.Problem("file", "What is the area of a circle of radius r?", (), "5")
+    assert one_language(asked, f"<think>take \u03c0 and \u03b8 of it</think>{GOOD}") == 1
+
+
+def test_a_wrong_answer_in_the_form_of_the_right_one_does_not_vote():
+    problem = data.Problem("file", "?", (), "1,234")
+    verdicts = [rewards.verify_written(problem, text) for text in ("1234", "234,1")]
+    assert [right for _, right in verdicts] == [True, False] and verdicts[1][0] is None
 
 
 def test_japanese_is_one_language_in_two_scripts():

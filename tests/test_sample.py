@@ -133,7 +133,7 @@ def test_the_main_task_is_sampled_at_both_temperatures_and_greedily_and_others_o
     assert main == [(20, 3, 0.9), (20, 4, 0.6), (20, 1, 0.0)]
     assert results(tmp_path)["countdown"] == {
         "pass@1": 1, "temperature": 0.9, "pass@1_T=0.6": 2, "pass@1_greedy": 3,
-        "asked": {"eval_problems": 20, "eval_samples": 3, "temperature": 0.9}}
+        "settings": {"eval_problems": 20, "eval_samples": 3, "temperature": 0.9}}
     others = [ask for ask in asked if ask[0] != "countdown"]
     assert {ask[0] for ask in others} == set(data.TASKS) - {"countdown", "file"}
     assert [ask[1:] for ask in others] == [(1, 3, 0.9)] * 5  # a twentieth as many
@@ -535,11 +535,28 @@ def test_a_folder_is_asked_like_a_checkpoint_and_shown_beside_one(finished, expo
 
 
 def test_beside_a_folder_a_checkpoint_keeps_its_own_tokenizer(finished, exported, monkeypatch):
-    opened, own = [], data.load_tokenizer
+    opened, asked, own = [], [], data.load_tokenizer
     monkeypatch.setattr(data, "load_tokenizer", lambda name="": opened.append(name) or own(name))
-    sample.main([f"--init_from={exported}", f"--vs={finished / 'zero' / 'ckpt.pt'}", "--n=1",
-                 "--template=toy", "--max_new_tokens=4"])
-    assert opened == [exported, ""]
+    answer = sample.sample_answers
+    monkeypatch.setattr(sample, "sample_answers", lambda *args: asked.append(args[4]) or
+                        answer(*args))
+    sample.main([f"--init_from={exported}", f"--vs={finished / 'zero' / 'ckpt.pt'}", "--n=1"])
+    assert opened == ["", exported]
+    ours, folders = asked  # the folder is put the same question, as the checkpoint was
+    assert ours.data == folders.data and ours.data.template == "toy"
+    assert ours.grpo.max_new_tokens == folders.grpo.max_new_tokens
+    asked.clear()
+    sample.main([f"--ckpt={finished / 'zero' / 'ckpt.pt'}", f"--vs={exported}", "--n=1"])
+    assert [cfg.sample.init_from for cfg in asked] == ["", exported]
+
+
+def test_a_toy_checkpoint_is_not_read_with_the_tokenizer_of_a_folder(finished, exported, tmp_path,
+                                                                     capsys):
+    both = [f"--ckpt={finished / 'zero' / 'ckpt.pt'}", f"--init_from={exported}"]
+    for main, argv in ((sample.main, both), (train.main, ["eval", *both]),
+                       (train.main, ["export", *both, f"--export_dir={tmp_path / 'x'}"])):
+        assert "was not trained from a folder" in refusal(main, argv, capsys)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_has_room_for_what_is_asked_and_an_embedding_for_every_token(tmp_path, capsys):

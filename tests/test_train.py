@@ -467,7 +467,8 @@ def test_an_experiment_can_start_from_the_base_of_another_folder(finished, tmp_p
     assert read(tmp_path / "zero", "metrics.jsonl") == read(finished / "zero", "metrics.jsonl")
     theirs, mine = (results(folder / "base") for folder in (finished, tmp_path))
     where = os.path.realpath(finished / "base" / "ckpt.pt")
-    assert all(found["asked"].pop("of")[0] == where for found in mine.values()) and theirs == mine
+    assert all(found["settings"].pop("origin")[0] == where for found in mine.values())
+    assert theirs == mine
     assert "base" in capsys.readouterr().out.split("pass@1")[-1]  # a row of the table
     err = refusal(train.main, [*ZERO, base, "--ops=+", f"--out_dir={tmp_path}/other"], capsys)
     assert "ops=+-*, not +" in err and "ckpt.pt" in err
@@ -523,9 +524,70 @@ def test_what_eval_has_asked_otherwise_is_asked_again_as_the_run_does(finished, 
     run(tmp_path, "eval", ckpt, flag, tiny=[])
     key, value = flag[2:].split("=")
     found = results(tmp_path / "zero")
-    assert all(found[task]["asked"][key] == float(value) for task in ("countdown", "logic"))
+    assert all(found[task]["settings"][key] == float(value) for task in ("countdown", "logic"))
     run(tmp_path)
     assert results(tmp_path / "zero") == before
+
+
+def test_an_evaluation_in_passing_with_other_settings_does_not_replace_a_full_one(
+        finished, tmp_path, capsys):
+    for stage in ("base", "zero"):
+        shutil.copytree(finished / stage, tmp_path / stage)
+    before, ckpt = results(tmp_path / "zero"), f"--ckpt={tmp_path}/zero/ckpt.pt"
+    train.main(["eval", ckpt, "--task=logic", "--temperature=0.5", "--eval_problems=2"])
+    assert results(tmp_path / "zero")["countdown"] == before["countdown"]
+    train.main(["table", f"--out_dir={tmp_path}", "--task=countdown"])
+    assert "evaluated with" not in capsys.readouterr().out
+    train.main(["eval", ckpt, "--temperature=0.5"])
+    capsys.readouterr()
+    train.main(["table", f"--out_dir={tmp_path}", "--task=countdown"])
+    shown = capsys.readouterr().out.splitlines()
+    said = [line for line in shown if "evaluated with" in line]
+    assert len(said) == 2 and "temperature" not in said[0]
+    assert said[1].startswith("zero: evaluated with ") and "temperature=0.5" in said[1]
+
+
+def test_checkpoints_that_share_a_folder_share_no_results(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "out")
+    other = tmp_path / "out" / "zero" / "other.pt"
+    shutil.copy(finished / "base" / "ckpt.pt", other)
+    before = results(tmp_path / "out" / "zero")
+    train.main(["eval", f"--ckpt={other}"])
+    assert results(tmp_path / "out" / "zero") == before
+    found = json.loads((tmp_path / "out" / "zero" / "other.pt.eval" / "eval.json").read_text())
+    assert found["countdown"] == results(finished / "base")["countdown"]
+    tiny = [flag for flag in ZERO if flag not in SHAPE]
+    run(tmp_path / "new", "base", f"--base={other}", tiny=tiny)  # and it brings them along
+    mine = results(tmp_path / "new" / "base")["countdown"]
+    assert mine["settings"].pop("origin")[0] == str(other) and mine == found["countdown"]
+
+
+def test_eval_writes_into_out_dir_if_the_checkpoint_lies_elsewhere(finished, tmp_path):
+    before = (finished / "zero" / "eval.json").read_bytes()
+    run(tmp_path, "eval", f"--ckpt={finished}/zero/ckpt.pt", "--temperature=0.5", tiny=[])
+    assert results(tmp_path)["countdown"]["temperature"] == 0.5
+    assert (finished / "zero" / "eval.json").read_bytes() == before
+
+
+def test_weights_and_settings_that_do_nothing_are_refused(tmp_path, capsys):
+    out = f"--out_dir={tmp_path}"
+    for flags, said in (
+            (["--w_harmless=1"], "--w_harmless does nothing"),
+            (["--w_preference=0.3"], "--w_preference does nothing"),
+            (["--mix=chat:1", "--w_format=0"], "no reward with a weight judges chat"),
+            (["--w_accuracy=0", "--w_format=0", "--w_preference=1"], "no reward with a weight"),
+            (["--lora_alpha=9"], "--lora_alpha does nothing without --lora_rank"),
+            (["--answer_key=a"], "--answer_key does nothing without --data"),
+            (["--export_dir=x"], "--export_dir is for `export`")):
+        assert said in refusal(train.main, ["zero", *TINY, *flags, out], capsys)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_reward_model_is_no_base(tmp_path, capsys):
+    path = tmp_path / "rm.pt"
+    save_checkpoint(str(path), {"stage": "reward_model", "model": {}, "model_config": {}})
+    err = refusal(train.main, ["zero", f"--base={path}", f"--out_dir={tmp_path / 'out'}"], capsys)
+    assert "is a reward model" in err and "delete" not in err
 
 
 def test_the_stages_that_grow_from_dev3_are_asked_general_requests():
@@ -598,7 +660,8 @@ def test_a_reward_model_that_was_cut_short_judges_nothing(finished, tmp_path, ca
     (tmp_path / "reward_model").mkdir()
     state = load_checkpoint(finished / "base" / "ckpt.pt")
     save_checkpoint(str(tmp_path / "reward_model" / "ckpt.pt"),
-                    {**state, "step": 2, "settings": {**state["settings"], "sft_steps": 8}})
+                    {**state, "stage": "reward_model", "step": 2,
+                     "settings": {**state["settings"], "sft_steps": 8}})
     argv = [*ZERO, "--w_preference=1", "--mix=task:1,chat:1", f"--out_dir={tmp_path}"]
     assert "cut short at step 2 of 8" in refusal(train.main, argv, capsys)
 
@@ -752,13 +815,14 @@ def test_a_foreign_checkpoint_is_not_trained_on(finished, tmp_path, capsys):
     foreign = {key: state[key] for key in ("model", "model_config")}
     torch.save(foreign, tmp_path / "base" / "ckpt.pt")
     err = refusal(train.main, ["base", *TINY, f"--out_dir={tmp_path}"], capsys)
-    assert "ckpt.pt is no checkpoint of base" in err
+    assert "ckpt.pt is not a checkpoint of base" in err
 
 
 def test_another_stages_checkpoint_is_not_taken_for_this_ones(finished, tmp_path, capsys):
     shutil.copytree(finished / "base", tmp_path / "base")
     shutil.copytree(finished / "base", tmp_path / "zero")
-    assert "no checkpoint of zero" in refusal(train.main, [*ZERO, f"--out_dir={tmp_path}"], capsys)
+    err = refusal(train.main, [*ZERO, f"--out_dir={tmp_path}"], capsys)
+    assert "not a checkpoint of zero" in err
 
 
 def test_what_grew_from_another_base_is_no_part_of_a_run(finished, tmp_path, capsys):
@@ -798,12 +862,6 @@ def test_a_finished_stage_that_is_named_refuses_other_settings(finished, capsys)
     flags = [*ZERO, f"--out_dir={finished}"]
     assert "rl_lr=0.0003, not 0.01" in refusal(train.main, ["zero", *flags, "--rl_lr=0.01"], capsys)
     assert "seed=1, not 2" in refusal(train.main, ["dev1", *flags, "--seed=2"], capsys)
-
-
-def test_no_reward_model_is_wanted_where_it_judges_nothing(finished, tmp_path):
-    shutil.copytree(finished / "base", tmp_path / "base")
-    run(tmp_path, "zero", tiny=[*ZERO, "--w_preference=0.3"])
-    assert "reward/preference" in lines(tmp_path / "zero")[0]
 
 
 def test_stages_without_rewards_do_not_ask_for_any(finished, tmp_path):
@@ -1031,7 +1089,7 @@ def whole(finished, tmp_path_factory):
 
 def test_a_later_stage_may_have_another_mix_than_a_finished_one(whole):
     given = train.parse([*PIPELINE, "--mix=task:1,chat:1", f"--out_dir={whole}"])[1]
-    train.Run("zero", given, asked=False)
+    train.Run("zero", given, named=False)
     with pytest.raises(UserError, match="mix="):
         train.Run("zero", given)
 
@@ -1129,7 +1187,7 @@ def test_a_base_elsewhere_that_was_not_evaluated_is_evaluated_here(finished, tmp
     run(tmp_path / "here", f"--base={tmp_path}/there/base/ckpt.pt",
         tiny=[flag for flag in ZERO if flag not in SHAPE])
     here = results(tmp_path / "here" / "base")["countdown"]
-    assert here["asked"].pop("of") and here == results(finished / "base")["countdown"]
+    assert here["settings"].pop("origin") and here == results(finished / "base")["countdown"]
 
 
 def test_a_base_elsewhere_that_was_asked_otherwise_is_asked_again(finished, tmp_path):
@@ -1403,6 +1461,38 @@ def test_a_run_goes_on_with_the_same_files_however_their_paths_are_written(
     run(tmp_path, "zero", tiny=[*flags, "--rl_steps=3"])  # all done
     err = refusal(train.main, ["zero", *flags, "--rl_steps=4", f"--out_dir={tmp_path}"], capsys)
     assert "has learnt from other contents of sums.jsonl" in err
+
+
+def test_what_was_held_out_in_training_is_held_out_later(folder, tmp_path):
+    files = {}
+    for name in "AB":
+        rows = [{"question": f"{name} {i}?", "answer": i} for i in range(9)]
+        files[name] = write_traces(tmp_path / f"{name}.jsonl", rows)
+    flags = [*REAL, f"--init_from={folder}", f"--data={files['A']}"]
+    run(tmp_path, "zero", tiny=[*flags, f"--eval_data={files['B']}"])
+    train.main(["eval", f"--ckpt={tmp_path}/zero/ckpt.pt", f"--data={files['A']}"])
+    assert {line["prompt"][0] for line in read(tmp_path / "zero", "samples.jsonl")} == {"B"}
+    before = results(tmp_path / "zero")["file"]["settings"]["files"]
+    rows = [{"question": f"B new {i}?", "answer": i} for i in range(9)]
+    write_traces(tmp_path / "B.jsonl", rows)
+    data.file_problems.cache_clear()
+    run(tmp_path, "zero", tiny=[*flags, f"--eval_data={files['B']}"])  # evaluated on the new ones
+    assert all("new" in line["prompt"] for line in read(tmp_path / "zero", "samples.jsonl"))
+    assert results(tmp_path / "zero")["file"]["settings"]["files"] != before
+
+
+def test_a_stage_does_not_go_on_over_other_weights(folder, tmp_path, capsys):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    flags = [*REAL, f"--init_from={copy}", "--w_length=1", "--lora_rank=2", f"--out_dir={tmp_path}"]
+    train.main(["zero", *flags])
+    torch.manual_seed(1)
+    model = GPT(from_pretrained(folder).cfg)
+    save_pretrained(model, str(copy), source=folder)
+    err = refusal(train.main, ["zero", *flags, "--rl_steps=3"], capsys)
+    assert "has learnt from other contents of" in err and str(copy) in err
+    argv = ["eval", *REAL, f"--init_from={copy}", f"--out_dir={tmp_path}"]
+    assert "holds zero, which did not grow from" in refusal(train.main, argv, capsys)
 
 
 def test_a_run_goes_on_with_the_same_arithmetic_or_says_so(finished, tmp_path, capsys):

@@ -69,7 +69,7 @@ def tasks_of(settings):
 def results_of(folder, tasks):
     results = sample.read_results(folder)
     for found in results.values():
-        found.pop("asked", None)
+        found.pop("settings", None)
     return {task: results[task] for task in tasks}
 
 

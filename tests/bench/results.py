@@ -119,7 +119,7 @@ def gather(known):
             if os.path.exists(path):
                 stages[stage] = round_all(read(path))
                 for found in stages[stage].values():
-                    found.pop("asked", None)
+                    found.pop("settings", None)
                 if os.path.exists(os.path.join(where, stage, "samples.jsonl")) and (
                         "countdown" in stages[stage]):
                     stages[stage]["countdown"] |= round_all(in_samples(where, stage))

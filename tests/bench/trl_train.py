@@ -28,7 +28,7 @@ args = parser.parse_args()
 
 cfg, rng = data.DataConfig(), random.Random(1)
 problems = [data.draw_problem(cfg, rng) for _ in range(1000)]
-rows = [{"problem": i, "prompt": [{"role": "system", "content": data.RULES},
+rows = [{"problem": i, "prompt": [{"role": "system", "content": data.INSTRUCTION},
                                   {"role": "user", "content": data.in_words(problem, cfg)}]}
         for i, problem in enumerate(problems)]
 
