@@ -454,6 +454,8 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     # ---- Decode: all rows write the same cache column L + t, while each row's position goes on
     # from its own prompt; the columns between a short prompt's end and L stay hidden
     use_graphs = device.type == "cuda" if static is None else static
+    # The one has less bookkeeping than the other, which shows on few rows; a GPU has graphs.
+    no_grad = torch.inference_mode if device.type == "cpu" else torch.no_grad
     decoder = StaticDecoder(model, caches) if use_graphs else None
     visible = None  # all columns are
     if decoder or min(lens) < L:
@@ -489,7 +491,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
             logits = decoder(token, position, visible, L + t)
         else:
             mask = visible[..., :L + t + 1] if visible is not None else None
-            with torch.inference_mode():  # no_grad with less bookkeeping, which shows on few rows
+            with no_grad():
                 logits = model.head(model.trunk(token[:, None], position, caches, mask)[:, -1])
 
     # ---- Collect: what each row said up to its first end token, which belongs to it
