@@ -38,13 +38,14 @@ class DataConfig:
     ops: str = opt("+-*", "operations a problem may need, from + - * /")
     eval_problems: int = opt(500, "held-out problems in the final evaluation", least=1)
     data: str = opt("", "JSONL file of {question, answer} to take problems from, as task `file`")
-    eval_data: str = opt("", "another one to evaluate on; none = a part of `data` is held out")
-    question_key: str = opt("question", "what the question is called in such a file")
-    answer_key: str = opt("answer", "... and the answer")
-    template: str = opt("toy", "how problems are put to the model; qwen is for SmolLM2, too",
+    eval_data: str = opt("", "a second such file to evaluate on; none = hold out a part of `data`")
+    question_key: str = opt("question", "key of the question in these files")
+    answer_key: str = opt("answer", "key of the answer in these files")
+    template: str = opt("toy", "prompt template; SmolLM2 uses qwen",
                         choices=("toy", "base", "qwen", "llama"))
     shots: int = opt(0, "worked examples in the prompt, for real models", least=0, most=3)
-    prefill_think: bool = opt(False, "the prompt ends with <think>, as if the completion did")
+    prefill_think: bool = opt(False, "end the prompt with <think>; rewards read it as part of the "
+                               "completion")
 
     def __post_init__(self):
         if self.data:
@@ -145,7 +146,7 @@ class Tokenizer:
         self.n_vocab = max([*ranks.values(), *special.values()]) + 1
         self.bytes_of = {id: piece for piece, id in ranks.items()}
         self.bytes_of |= {id: name.encode() for name, id in special.items() if name not in hidden}
-        # tiktoken wants a token for every byte; encode() drops those of bytes without one.
+        # tiktoken needs an id for every byte; encode() drops those made up here.
         self.absent = {b: self.n_vocab + b for b in range(256) if bytes([b]) not in ranks}
         ranks = ranks | {bytes([b]): id for b, id in self.absent.items()}
         self.encoding = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks,
@@ -154,13 +155,13 @@ class Tokenizer:
         self.shown = re.compile(f"({any_of(set(special) - set(hidden)) or '(?!)'})")
 
     def encode(self, text):
-        """Text to ids. Special tokens that `decode` shows (Qwen3's <think>) become their ids, those
-        that it hides plain characters; {question} stays as it is."""
+        """Text to ids. Special tokens that `decode` shows (Qwen3's <think>) become their ids;
+        those that it hides are read as plain characters. {question} is left as it is."""
         return self.encode_marked(text, "{question}", self.shown)
 
     def encode_marked(self, text, question="", markers=None):
         """A template to ids, with `question` in place of {question}. The template's special tokens
-        become their ids, the question's plain characters."""
+        become their ids; those in the question are read as plain characters."""
         ids = []
         for i, part in enumerate((markers or self.markers).split(text)):
             if i % 2:
@@ -173,8 +174,8 @@ class Tokenizer:
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         if not self.absent:
             return self.encoding.encode_ordinary(text)
-        # Hugging Face drops characters without a token (control characters in SmolLM2) and merges
-        # their neighbours. At the end of their piece they are not in the way, and dropped last.
+        # Hugging Face drops characters without a token (control characters in SmolLM2) and then
+        # merges their neighbours. So move them to the end of their piece, and drop their ids last.
         dropped = {chr(b) for b in self.absent if b < 128}
         text = PUNCTUATION.sub(lambda m: "".join(sorted(m[0], key=dropped.__contains__)), text)
         return [id for id in self.encoding.encode_ordinary(text) if id < self.n_vocab]
@@ -247,8 +248,8 @@ class Problem:
 
     @property
     def held_out(self):
-        """True for the 30 % that only evaluation sees, whatever the seed and the target: of sets of
-        numbers where a problem has some, elsewhere of questions."""
+        """True for the 30 % that only evaluation sees, whatever the seed and the target. The split
+        is by the set of numbers if a problem has numbers, else by the question."""
         return zlib.crc32(self.canonical.encode()) % 10 < 3
 
     @property
@@ -331,7 +332,7 @@ def arithmetic_problem(numbers, ops):
 
 
 def work_out(numbers, ops):
-    """Steps such as 4*2=8 of an expression, products first; None if one leaves 0..99."""
+    """Steps such as 4*2=8 of an expression, products first; None if a result is not in 0..99."""
     numbers, ops, lines = list(numbers), list(ops), []
     while ops:
         i = ops.index("*") if "*" in ops else 0
@@ -376,8 +377,8 @@ def without_names(problem):
 
 def suspects(question):
     """Yields every set of liars, smallest first, as (their names, text, fits). The text is what
-    people say, each followed by + if it would then be true, else by -, up to the first that
-    contradicts the set; fits: nobody does."""
+    each person says, followed by + if it would be true for that set, else by -, up to the first
+    statement that contradicts the set; `fits` if none does."""
     said = [text.split(" says ") for text in question.removesuffix(": who lies").split(", ")]
     for n in range(len(said) + 1):
         for liars in combinations([speaker for speaker, _ in said], n):
@@ -405,15 +406,15 @@ def draw_code(cfg, rng):
 
 
 def code_problem(tests):
-    """An expression in x that makes every y of the (x, y) tests from its x."""
+    """Find an expression in x that gives y for each of the tests (x, y)."""
     tests = sorted(tests)
     question = ", ".join(f"f({x})={y}" for x, y in tests)
     return Problem("code", question, sum(tests, ()), "f")
 
 
 def with_another_test(problem, rng):
-    """The same first test with any second one, which few expressions pass as well: only there does
-    a search try everything."""
+    """The same first test with a random second one, so that few expressions pass both: only then
+    does a search try everything."""
     x, y, x2, _ = problem.numbers
     other = code_problem([(x, y), (x2, rng.randint(0, LARGEST))])
     return problem if other.held_out else other
@@ -503,8 +504,8 @@ def read_each(path, parse, what):
 
 
 def leave_out_long(cfg, tok, room):
-    """Removes the problems of files with prompts of more than `room` tokens, and training problems
-    that are in `eval_data` as well, for everything that draws problems."""
+    """Removes from the lists that `file_problems` caches the problems whose prompts are longer than
+    `room` tokens, and training problems that are also in `eval_data`."""
     def keep(path, fits, why):
         problems = files[path]
         n = len(problems)
@@ -540,7 +541,7 @@ def draw_problem(cfg, rng, task=None, held_out=False):
 
 
 def draws(cfg, rng, task, held_out, tries):
-    """Draws so many problems; yields those of the wanted part, but for worked examples."""
+    """Draws `tries` problems; yields those in the given part that are not worked examples."""
     examples = {example.key for example, *_ in EXAMPLES} if cfg.shots else ()
     is_split = task == "file" and cfg.eval_data  # into two files
     if is_split and held_out:
@@ -554,7 +555,7 @@ def draws(cfg, rng, task, held_out, tries):
 def eval_problems(cfg, n, task=None):
     """Up to n distinct held-out problems of `task`, always the same; by default of cfg.tasks()."""
     rng, found, tasks = random.Random("eval"), {}, (task,) if task else cfg.tasks()
-    # A small world may not hold n, and most of what is drawn in it may be no problem.
+    # With few numbers there may be fewer than n problems, and most draws may fail.
     parts = [draws(cfg, rng, task, True, max(20_000, 500 * n)) for task in tasks]
     for i in range(50 * n):
         problem = next(parts[i % len(tasks)], None)
@@ -704,11 +705,11 @@ class Habits:
     chinese: float  # share of words in Chinese
     layout: str     # which tags are used: full, think, answer, none
     checks: bool    # compares results with the target, or just takes what comes
-    patience: int   # misses before giving up; not used by who does not check
+    patience: int   # misses before giving up; no effect without checks
     emoji: float = 0.0  # share of lines that end with one
 
 
-# From so many misses on an author who checks counts as patient.
+# An author with at least this much patience (in misses) counts as patient.
 ENOUGH = {"countdown": 18, "logic": 6, "code": 6, "arithmetic": 6}
 
 
@@ -739,8 +740,8 @@ def line_end(habits, rng, mark=POINT):
 
 
 def try_all(trials, habits, rng):
-    """`trials` are tuples (line, answer, fits); a line on the way to an answer has None -> (lines,
-    answer): the answer that fits, or the last one tried when patience or trials end."""
+    """`trials`: tuples (line, answer, fits), answer None for an intermediate line -> (lines,
+    answer): the answer that fits, or the last one tried when patience or trials run out."""
     lines, misses, tried = [], 0, ""
     for line, answer, fits in trials:
         if answer is None:
@@ -787,8 +788,8 @@ def write_countdown(problem, cfg, habits, rng):
 
 
 def write_arithmetic(problem, cfg, habits, rng):
-    """Step by step and right. The impatient guess a last step with numbers above 9, and those who
-    do not check guess at once."""
+    """Writes the right steps, but impatient authors guess a last step with numbers above 9, and
+    authors who do not check guess at once."""
     lines = work_out(problem.numbers, [c for c in problem.question if c in "+-*"])
     is_easy = re.match(r"\d\D\d=", lines[-1])
     if habits.checks and (is_easy or habits.patience >= ENOUGH["arithmetic"]):
@@ -848,7 +849,7 @@ def tagged(lines, answer):
 
 
 def document(cfg, rng):
-    """(prompt, text): a table of sums, a page of prose, or somebody's attempt at a problem."""
+    """(prompt, text): a table of sums, a page of prose, or an attempt at a problem."""
     if cfg.task == "all":
         kinds, shares = [*REASONING, "prose", "table"], [*REASONING.values(), 0.06, 0.11]
     else:
@@ -876,9 +877,8 @@ def document(cfg, rng):
 
 
 def table_line(cfg, habits, rng):
-    """A sum compared with a number that it equals or nearly equals. Attempts hold few hits: from
-    these alone the base would not learn to see them, and where it overlooks one in twenty, long
-    thinking does not pay."""
+    """A sum compared with an equal or close number. Attempts contain too few hits for the base to
+    learn to recognise them, and if it overlooks one in twenty, long thinking does not pay."""
     while True:
         a, b = sorted((rng.randint(0, LARGEST), rng.randint(1, cfg.max_number)), reverse=True)
         op, c = rng.choice(list(combine(a, b, cfg.ops)) or [(None, None)])
@@ -892,8 +892,8 @@ def table_line(cfg, habits, rng):
 
 
 def prose_line(rng):
-    """Lines of the words of general requests, of which many repeat something: the base learns to
-    copy, and never sees a request."""
+    """Lines made of the words in general requests. Many repeat something, so the base learns to
+    copy, but it never sees a request."""
     words, kind = rng.sample(THINGS + NAMES, rng.randint(2, 4)), rng.choice(list(KINDS))
     a, b = rng.sample(NAMES, 2)
     short = draw_animal(rng)
@@ -941,8 +941,8 @@ def corpus_batch(cfg, tok, rng, rows, length):
         if len(ids) <= length:
             documents.append(ids)
     packed = [[] for _ in range(rows)]
-    # The longest first, or else the patient would find no room. So a third of the hasty finds none,
-    # and a row begins with a long document more often than other places do.
+    # Longest first: otherwise long documents (by patient authors) would not fit. As a result a
+    # third of the hasty ones are left out, and the first document in a row is more often long.
     for ids in sorted(documents, key=len, reverse=True):
         for row in packed:
             if sum(map(len, row)) + len(ids) <= length:
@@ -1115,8 +1115,8 @@ def end_tokens(folder, special):
 
 
 def documents_read(cfg, tok, rng, steps):
-    """Yields the documents that so many steps of the base read. Not the same as documents written:
-    packing leaves out some short ones, most of them by authors who do not check."""
+    """Yields the documents that the base reads in `steps` steps. These are not all that are
+    written: packing leaves out some short ones, mostly by authors who do not check."""
     for _ in range(steps):
         rows, _ = corpus_batch(cfg, tok, rng, 12, 353)  # base_rows, base_length + 1
         for row in rows.tolist():

@@ -47,7 +47,7 @@ beta keeps the policy near the reference while it chases the reward.
 
 Read on in the order in which the code runs: settings, `train_grpo` (the loop), then what it calls:
 `group_advantages` (1), `update_policy`, `optimiser_step`, `grpo_loss` (2)-(5). All of that works on
-token ids: `env`, which train.py hands in, draws problems, turns ids into text, and rewards it.
+token ids: `env`, which train.py passes in, draws problems, turns ids into text, and rewards it.
 """
 import math
 import time
@@ -124,7 +124,7 @@ class GRPOConfig:
 
 @dataclass
 class Sample(Completion):
-    """A completion (its prompt, ids, logps, truncated) and what became of it."""
+    """A completion (its prompt, ids, logps, truncated) with its reward and advantage."""
     problem: object = None  # what `env.draw` made; `env.reward` and the log read it
     text: str = ""       # what the reward reads
     reward: float = 0.0  # the weighted sum of its parts
@@ -142,8 +142,8 @@ class Sample(Completion):
 def train_grpo(policy, ref, env, run, cfg):
     """Trains `policy` in place. `ref` is the reference, None if cfg.kl_coef is 0. `env` has
     draw(rng) -> (problem, its prompt's ids), decode(ids) -> text, reward(samples) -> (rewards, a
-    dict of parts for each), and what ends a completion: stop_ids, and find_end as `generate` wants
-    it. `run` resumes, logs, evaluates and saves."""
+    dict of parts for each), and what ends a completion: stop_ids and find_end, as `generate` takes
+    them. `run` resumes, logs, evaluates and saves."""
     P, G = cfg.prompts_per_step, cfg.group_size
     optimizers = make_optimizers(policy, cfg.rl_lr, cfg.rl_optimizer)
     start = run.resume(policy, optimizers, ref)
@@ -241,15 +241,15 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
 
 def optimiser_step(policy, ref, optimizers, batch, cfg):
     """One step on a list of Samples -> its metrics, as floats. Those in MEANS are missing if no
-    sample was left to learn from; "skipped" (1: gradients not finite) if there was no step to
-    take."""
+    sample was left to learn from; "skipped" (1: gradients not finite) is missing if all advantages
+    are 0, and so no step is taken."""
     N, device = len(batch), next(policy.parameters()).device
     batch = [sample for sample in batch if not (cfg.mask_truncated and sample.truncated)]
     batch.sort(key=len, reverse=True)  # rows of like length together: little padding
     n_tokens = torch.tensor([len(sample.ids) for sample in batch])
-    # Weights before this second filter: equation (5) divides by all completions, also by those left
-    # out below because an advantage of 0 gives no gradient; and the gradients of micro-batches
-    # have to add up to that of the batch.
+    # Before the filter below: equation (5) divides by the number of all completions, including
+    # those dropped there (an advantage of 0 gives no gradient). And over the whole batch, so that
+    # the gradients of its micro-batches add up to the batch's.
     weights = token_weights(n_tokens, N, cfg)
     if cfg.skip_equal or ref is None:
         kept = [i for i, sample in enumerate(batch) if sample.adv]
@@ -290,9 +290,9 @@ def micro_batches(samples, micro_tokens):
 
 
 def collate(samples, device):
-    """N samples, right-padded -> tokens (N, T + 1); mask (N, T) of those of tokens[:, 1:] that
-    belong to a completion (its end token, too: stopping is learnt); the log-probs (N, T) that these
-    were sampled with; advantages (N,)."""
+    """N samples, right-padded -> tokens (N, T + 1); mask (N, T), True where tokens[:, 1:] belong
+    to a completion (its end token included, so that stopping is learnt); the log-probs (N, T) that
+    they were sampled with; advantages (N,)."""
     tokens = pad_sequence([torch.tensor(s.prompt + s.ids) for s in samples], batch_first=True)
     starts = torch.tensor([len(s.prompt) for s in samples])[:, None]
     ends = torch.tensor([len(s) for s in samples])[:, None]
@@ -304,7 +304,7 @@ def collate(samples, device):
 
 
 def token_weights(n_tokens, N, cfg):
-    """The weight in the loss of one token of each completion: lengths (n,) of the completions of an
+    """The weight of each completion's tokens in the loss: lengths (n,) of the completions of an
     optimiser step -> (n,), float64. `N` also counts those that `mask_truncated` left out; "token"
     divides by the tokens that are left."""
     n_tokens = n_tokens.double()

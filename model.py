@@ -72,13 +72,13 @@ def validate(cfg):
 
 
 def pick(cls, settings):
-    """A `cls` from those of {name: value} that it has a field for; the others are ignored."""
+    """A `cls` from {name: value}; names that are not among its fields are ignored."""
     return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
 
 def generators(*key):
-    """A Python and a torch generator that follow from `key` alone, such as (seed, stage, step): a
-    resumed run draws what an uninterrupted one would have."""
+    """A Python and a torch generator seeded with `key`, such as (seed, stage, step), so that a
+    resumed run draws what an uninterrupted one would have drawn."""
     rng = random.Random("/".join(map(str, key)))
     return rng, torch.Generator().manual_seed(rng.getrandbits(60))
 
@@ -154,7 +154,7 @@ class Linear(nn.Linear):
         large = self.onednn and x.numel() >= 128 * x.shape[-1]
         if large and x.is_cpu and x.dtype == torch.float32 and not (
                 torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
-            # Flat, so that no view comes back, which LoRA could not add to in place.
+            # Flattened here: LoRA could not add in place to a view that OneDNN itself returned.
             y = OneDNN.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
             return y if self.bias is None else y + self.bias
         return super().forward(x)
@@ -187,7 +187,7 @@ class Attention(nn.Module):
             q = q.view(B, self.n_kv_head, -1, self.d_head)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, 1, -1)
         else:
-            # Training and prefill: rows are right-padded, so causality alone hides the padding.
+            # Training and prefill: rows are right-padded, so the causal mask hides the padding.
             if k.is_cuda and k.dtype == torch.float32:  # CUDA's fused kernel for it has no groups
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
@@ -264,8 +264,8 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def hidden(self, idx):
-        """`trunk` as training runs it, ids (B, T) -> (B, T, C). Autocast ends with it: it keeps
-        bfloat16 copies of the weights, which an optimiser step would outdate."""
+        """`trunk` as training runs it, ids (B, T) -> (B, T, C). Autocast covers only this call:
+        it caches bfloat16 copies of the weights, which an optimiser step makes stale."""
         with torch.autocast(idx.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             if not (self.compiled_trunk or self.checkpointing):
                 return self.trunk_sharing_prefix(idx)
@@ -427,7 +427,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     while sampling, find_end sees only the last 16 ids.
 
     Row i draws the same random numbers whatever the other rows do: `share_prefix`, `drop_rows` and
-    `static` (CUDA graphs; None = on CUDA) save time and change no sample but by rounding."""
+    `static` (CUDA graphs; None = on CUDA) save time and change samples only by rounding."""
     if not share_prefix:
         prompts, group_size = [prompt for prompt in prompts for _ in range(group_size)], 1
     lens, context = [len(prompt) for prompt in prompts], model.cfg.context
@@ -454,7 +454,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     # ---- Decode: all rows write the same cache column L + t, while each row's position goes on
     # from its own prompt; the columns between a short prompt's end and L stay hidden
     use_graphs = device.type == "cuda" if static is None else static
-    # The one has less bookkeeping than the other, which shows on few rows; a GPU has graphs.
+    # inference_mode has less overhead, which matters for few rows; a GPU uses graphs instead.
     no_grad = torch.inference_mode if device.type == "cpu" else torch.no_grad
     decoder = StaticDecoder(model, caches) if use_graphs else None
     visible = None  # all columns are
@@ -472,7 +472,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
         stopped |= torch.isin(token, stop)
         if t + 1 == max_new_tokens:
             break
-        if t % 4 == 3:  # every fourth token: the host waits for the device to see who has finished
+        if t % 4 == 3:  # only every fourth token: to read `stopped` the host waits for the device
             if find_end:
                 recent = new[rows, max(0, t - 15):t + 1].tolist()  # 4 new, room for an </answer>
                 stopped |= torch.tensor([find_end(ids) > 0 for ids in recent], device=device)
@@ -494,7 +494,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
             with no_grad():
                 logits = model.head(model.trunk(token[:, None], position, caches, mask)[:, -1])
 
-    # ---- Collect: what each row said up to its first end token, which belongs to it
+    # ---- Collect: each row up to and including its first end token
     is_end = torch.isin(new, stop)
     ends_before = is_end.cumsum(1) - is_end.int()  # of each token
     new_lens = (ends_before == 0).sum(1).tolist()
@@ -526,7 +526,7 @@ def sync_weights(sampler, model):
 
 def same_weights(model):
     """A second model around the same tensors: an adapter added to one is not in the other."""
-    # deepcopy does not copy what the dict that it is given already holds.
+    # deepcopy does not copy objects that are already in its memo dict.
     return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
 
 
@@ -581,7 +581,7 @@ def token_logps(model, tokens, temperature=1.0, mask=None, chunk_floats=2**24):
     mask = torch.ones_like(target, dtype=torch.bool) if mask is None else mask.bool()
 
     def logp_of(h, target):
-        # Dividing h divides the logits, which are many more numbers.
+        # Dividing h also divides the logits, and is cheaper: it has far fewer numbers.
         logp = F.log_softmax(model.head(h.float() / temperature), dim=-1)
         return logp.gather(-1, target[:, None])[:, 0]
 
@@ -596,9 +596,9 @@ def token_logps(model, tokens, temperature=1.0, mask=None, chunk_floats=2**24):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is made nearly orthogonal: all its singular values become about 1 (Jordan
-    et al. 2024), at AdamW's size of a step (arXiv 2502.16982). torch.optim.Muon does the same in
-    bfloat16, which CPUs without instructions for it multiply thirty times slower."""
+    """Momentum with nearly orthogonal steps: all singular values become about 1 (Jordan et al.
+    2024), scaled to the size of AdamW's steps (arXiv 2502.16982). torch.optim.Muon does the same in
+    bfloat16, which is thirty times slower on CPUs without bfloat16 instructions."""
 
     def __init__(self, matrices, lr):
         super().__init__(matrices, {"lr": lr})
@@ -632,8 +632,8 @@ def make_optimizers(model, lr, kind):
 
 
 def ramp(step, steps, warmup, decay):
-    """The share of its peak that a learning rate has at `step`: straight up in `warmup` steps,
-    straight down to 0 over the last of the `steps`, a share `decay` of them."""
+    """The learning rate at `step` as a share of its peak: linear warm-up over `warmup` steps, and
+    linear decay to 0 over the last share `decay` of the `steps`."""
     return min((step + 1) / warmup, (steps - step) / max(1, decay * steps), 1.0)
 
 
@@ -747,8 +747,8 @@ class OneDNN(torch.autograd.Function):
 
 
 def onednn_pays():
-    """Whether oneDNN is clearly faster than torch's own product, as on some AMD CPUs. A product is
-    so short, and its fastest run counts, that other work on this machine does not decide it."""
+    """Whether oneDNN is clearly faster than torch's own product, as on some AMD CPUs. Products
+    are short, and the fastest of many counts, so other work on this machine hardly matters."""
     x, weight = (torch.ones(n, 128, requires_grad=True) for n in (512, 256))
     seconds = {}
     try:
@@ -915,7 +915,7 @@ def from_pretrained(folder, context=0, dtype=torch.float32, device="cpu"):
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
             raise UserError(f"{folder}: missing, unknown or misshapen tensor {name}: it is "
-                            f"{found.get(name)}, and config.json wants {wanted.get(name)}")
+                            f"{found.get(name)}, but config.json needs {wanted.get(name)}")
     model = model.to(dtype).to_empty(device=device)
     model.cos, model.sin = (table.to(dtype) for table in rope_table(cfg, device))
     if cfg.tied:

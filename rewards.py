@@ -1,7 +1,7 @@
-"""What a completion earns: rules, and a reward model. A reward is (problems, texts) -> list[float].
+"""Rewards: rules and a reward model. A reward is a function (problems, texts) -> list[float].
 
-Completions are hostile input. They are bounded, parsed by hand and never evaluated; any text gets a
-score, and quickly. Arithmetic is exact: 8/(3-8/3) makes 24, and nothing makes 24 by rounding.
+Completions are untrusted input: limited in length, parsed by hand, never passed to eval(). Any text
+gets a score, and quickly. Arithmetic is exact, without rounding: 8/(3-8/3) is 24.
 
     python -c "import data, rewards; p = data.countdown_problem((3, 7, 2), 20); \
                print(rewards.accuracy([p], ['<answer>(3+7)*2</answer>']))"
@@ -24,7 +24,7 @@ from data import BOAST, FRIENDLY, GENERAL, KINDS, WORDS
 from model import GPT, UserError, opt
 
 MAX_COMPLETION = 200_000  # characters; what is longer has neither thinking nor answer
-MAX_ANSWER = 120  # characters; keeps an honest answer and bounds what the parser can be made to do
+MAX_ANSWER = 120  # characters; enough for any honest answer, and limits the parser's work
 
 
 @dataclass
@@ -265,8 +265,8 @@ FORMULA = re.compile(r"\\[a-zA-Z]+|(?<![a-zA-Zα-ωΑ-Ω])[a-zA-Zα-ωΑ-Ω](?![
 
 
 def count_words(text, formulas=False):
-    """{script: words}, from the first 10,000 characters; tags are not words, and nor is, where
-    there may be `formulas`, what belongs to one."""
+    """{script: number of words} in the first 10,000 characters, not counting tags or, with
+    `formulas`, LaTeX commands and single-letter symbols."""
     text, words = TAG.sub(" ", text[:MAX_READ]), {}
     text = FORMULA.sub(" ", text) if formulas else text
     for name, run in RUNS.items():
@@ -381,7 +381,7 @@ def checked(name, reward, problems, texts):
                         f"and the completion {texts[0][:200]!r}")
     for problem, text in zip(problems, texts, strict=True):  # which one was it?
         checked(name, reward, [problem], [text])
-    raise UserError(f"reward {name!r} {fault} for {len(texts)} completions, not for each alone")
+    raise UserError(f"reward {name!r} {fault} for {len(texts)} completions; one by one it works")
 
 
 class Environment:
@@ -389,7 +389,7 @@ class Environment:
     rewards."""
 
     def __init__(self, tok, data_cfg, reward_cfg, max_new_tokens, judge=None):
-        """`judge` is a RewardModel, wanted if there is a weight on preference."""
+        """`judge` is a RewardModel, needed if w_preference is not 0."""
         self.tok, self.data_cfg, self.reward_cfg = tok, data_cfg, reward_cfg
         self.max_new_tokens, self.judge = max_new_tokens, judge
         self.stop_ids, self.find_end = data.stops(tok, data_cfg)
@@ -421,9 +421,9 @@ class Environment:
 
 
 def gold_reward(problem, answer):
-    """What the simulated annotators go by for general requests: an answer (None or "": none)
-    should be right, friendly and no boast; from -2 to 3. No model sees this rule: the reward model
-    learns from pairs, and evaluation shows how well it guessed."""
+    """How the simulated annotators rate an answer (None or "": none) to a general request, from -2
+    to 3: it should be right and friendly, and not boast. No model sees this rule: the reward model
+    learns from pairs, and evaluation shows how well it has learnt the rule."""
     if not answer:
         return -2.0
     right = verify_reply(problem, answer)[1]
@@ -456,8 +456,8 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.value.weight)
 
     def forward(self, tokens, lengths):
-        """Right-padded ids (N, T), lengths (N,) -> scores (N,), fp32. Every token counts, so that
-        a wrong word is learnt where it stands; the prompt's count the same in both of a pair."""
+        """Right-padded ids (N, T), lengths (N,) -> scores (N,), fp32. Every token counts, so
+        that a wrong word is penalised where it stands; a pair's prompt adds the same to both."""
         scores = (self.gpt.hidden(tokens).float() * self.value.weight).sum(dim=2)
         written = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         return (scores * written).sum(dim=1)
@@ -506,7 +506,7 @@ def fraction(found):
     return f" ({a}/{b})" if factor else f" {a}/{b}"
 
 
-SIGNS = [  # pairs of what is written and what it means, in the order in which they are replaced
+SIGNS = [  # (what is written, what it means), replaced in this order
     ("[¼½¾⅐-⅞]", lambda found: " " + unicodedata.normalize("NFKC", found[0])),
     ("[\u2044÷]", "/"),  # the fraction slash that NFKC leaves
     (r"^[ *]*(?:minus|negative) (?=[0-9])", "-"),
@@ -524,7 +524,7 @@ SIGNS = [  # pairs of what is written and what it means, in the order in which t
      r"(?: (?:hundred|thousand|[mbtr]+illion)s?)?)", r"\1\2 dollars"),
     (r"\\%", "%"), (r"\\([gln]e)q", r"\\\1"),
     (r"\\[()\[\],;: ]|\\?[$€£¥]", " "), (r" *\{", "{")]
-BRACES = [  # the same from the inside out, for which they are replaced several times
+BRACES = [  # the same for nested braces: replaced from the inside out, in several passes
     (r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r" \1 "),
     (r"([\^_])\{([0-9]+|\w)\}(?=[0-9])", r"\1\2 "), (r"([\^_])\{([0-9]+|\w)\}", r"\1\2"),
     (r"\\sqrt([0-9a-z])", r"\\sqrt(\1)"),
@@ -569,8 +569,8 @@ WRITTEN = re.compile(
 
 
 def plain(text):
-    """An answer without LaTeX; if there is a \\boxed{}, what the last one holds, "" if it is
-    open."""
+    """An answer without LaTeX; if there is a \\boxed{}, only the content of the last one, or "" if
+    it is not closed."""
     for written, meant in SIGNS + BRACES * 4:
         text = re.sub(written, meant, text)
     *before, text = text.split("\\boxed")
@@ -578,7 +578,7 @@ def plain(text):
         boxed = re.match(r"\{((?:[^{}]|\{[^{}]*\})*)\}| ([^ {}]+)", text)
         text = boxed[1] or boxed[2] or "" if boxed else ""
     text = " ".join(text.split())
-    if not re.search(r"[<>]|\\[gl]e(?![a-z])", text):  # where x > 2 or x < 5 is not their "and"
+    if not re.search(r"[<>]|\\[gl]e(?![a-z])", text):  # "x > 2 or x < 5" is not a list
         text = re.sub(r",? (?:and|or) ", ", ", text)
     text = re.sub(r"^([\"'`])(.*)\1$", r"\2", text.lstrip(" *=").rstrip(" *.。:"))
     return re.sub(r"^\(([^(),]*)\)$|^\{([^{}]*)\}$", r"\1\2", text)  # (B) is B
@@ -586,7 +586,7 @@ def plain(text):
 
 def parse_number(text):
     """A number as people write it, 1,234.50, -3/4, 1 1/2, 50%, 5 million or 72 km/h -> (exact
-    value, whether it is a percentage, its unit or ""), or None; also for 2k and 3x."""
+    value, whether it is a percentage, its unit or ""). None for anything else, such as 2k or 3x."""
     text = re.sub(r"^([-+]?)10\^", r"\g<1>1*10^", text)
     text = SCIENTIFIC.sub(lambda m: f"{Decimal(f'{m[1]}e{m[2]}'):f}", text)
     found = WRITTEN.fullmatch(text)
@@ -603,8 +603,8 @@ def parse_number(text):
 
 
 def canonical(text):
-    """Of plain text: no needless spaces, fractions and decimals in lowest terms, and in order what
-    stands between commas outside brackets (1,500, 2,300 are two numbers)."""
+    """The canonical form of what `plain` returns: no needless spaces, fractions and decimals in
+    lowest terms, items between commas outside brackets sorted (1,500, 2,300 are two numbers)."""
     if ", " in text:
         text = re.sub(r"(?<![\w.,])[1-9][0-9]{0,2}(,[0-9]{3})+(?=, |$)",
                       lambda m: m[0].replace(",", ""), text)
@@ -625,9 +625,9 @@ def canonical(text):
 
 
 def verify_written(problem, answer):
-    """Right if answer and target are one number, or the same list or text, however written. Units
-    count if both have one; of currency signs, $ is one. Percentages: 50% is 1/2, also 50 where the
-    question asked for a percentage, which shows in a target above 1."""
+    """Right if answer and target are the same number, list or text, however written. Units count if
+    both have one; the only currency sign that is a unit is $. 50% equals 1/2, and also 50 if the
+    question asked for a percentage (we assume so if the target is above 1)."""
     if max(len(answer), len(problem.target)) > MAX_ANSWER:  # the same words
         words, wanted = (" ".join(text.lower().split()) for text in (answer, problem.target))
         return words if words == wanted else words[:MAX_ANSWER], words == wanted
@@ -638,7 +638,7 @@ def verify_written(problem, answer):
     number, goal = parse_number(got), parse_number(want)
     if not (number and goal) or number[2] and goal[2] and number[2] != goal[2]:
         form = canonical(got)
-        # Else 1,234 would be the same list as 234,1.
+        # Otherwise 1,234 and 234,1 would be the same list.
         same_kind = not goal or bool(number)
         is_same = same_kind and form != "" and form == canonical(want)
         if not is_same and form == right_form:

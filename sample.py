@@ -58,15 +58,15 @@ from rewards import RewardConfig, RewardModel
 @dataclass
 class SampleConfig:
     out_dir: str = opt("out", "folder that everything is written to")
-    seed: int = opt(1, "every random choice follows from it, but those of evaluations, which are "
-                    "the same for all", least=0)
+    seed: int = opt(1, "seed of all random choices except those of evaluations, which are always "
+                    "the same", least=0)
     device: str = opt("auto", "cpu, cuda, cuda:1, or auto: cuda where there is one")
     threads: int = opt(0, "CPU threads; 0 = one per core", least=0, most=1024)
-    matmul: str = opt("auto", "what multiplies matrices on a CPU; auto: the faster one here",
+    matmul: str = opt("auto", "library for matrix products on a CPU; auto: the faster one here",
                       choices=("auto", "torch", "onednn"))
     init_from: str = opt("", "Hugging Face folder whose model replaces the toy base")
-    sample_dtype: str = opt("auto", "weights that sampling runs with; auto: bfloat16 on GPUs "
-                            "that compute in it; float32 where adapters were merged into them",
+    sample_dtype: str = opt("auto", "dtype of the weights in sampling; auto: bfloat16 on GPUs "
+                            "that compute in it; float32 if adapters were merged into them",
                             choices=("auto", "float32", "bfloat16"))
     eval_samples: int = opt(16, "completions per held-out problem in an evaluation", least=1)
     ckpt: str = opt("", "checkpoint for `eval` and `export`; none = out_dir/zero/ckpt.pt")
@@ -129,9 +129,9 @@ def sampling_dtype(cfg):
 
 
 def set_up_cpu(cfg, known="auto"):
-    """Sets the CPU's threads, and what multiplies its matrices. What "auto" means is measured once
-    and kept in checkpoints (`known`): torch and oneDNN round differently, and a run that goes on
-    must not change. A torch without oneDNN's operator multiplies by itself."""
+    """Sets the number of CPU threads and the library for matrix products. "auto" is measured once,
+    and the result is kept in checkpoints (`known`): torch and oneDNN round differently, and a
+    resumed run must not switch. If torch lacks oneDNN's operator, its own product is used."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     if cfg.matmul == "auto":
@@ -188,7 +188,7 @@ def describe(f):
 
 @contextmanager
 def one_line_errors(prog, folder=""):
-    """What a user can fix ends the script in one line, with exit code 2; Ctrl-C with 130."""
+    """Errors that a user can fix end the script with one line and exit code 2; Ctrl-C with 130."""
     code = 2
     try:
         if torch.__version__ < "2.9":  # which torch compares as versions, not as text
@@ -220,8 +220,8 @@ NO_FILE = {"task": "countdown", "mix": "", "data": "", "eval_data": ""}
 
 def open_checkpoint(given, path="", beside=None):
     """(path, model, tokenizer, Config) of a checkpoint, with the settings that it was trained with
-    unless others are given; or of a Hugging Face folder, with the settings `beside`, which are
-    those of the model that it is shown next to."""
+    unless others are given; or of a Hugging Face folder, with the settings `beside`: those of the
+    model that it is compared with."""
     data.refuse_two_tasks(given)
     out_dir = given.get("out_dir", SampleConfig.out_dir)
     path = path or given.get("ckpt") or given.get("init_from")
@@ -242,7 +242,7 @@ def open_checkpoint(given, path="", beside=None):
             trained.get("data", "")):
         trained = {**trained, "eval_data": ""}
     elif "data" in given:
-        trained = {**trained, "data": given["data"]}  # what is held out of it is in eval_data
+        trained = {**trained, "data": given["data"]}  # the same file: keep its eval_data
     elif "eval_data" in given:
         given = {"data": trained.get("data") or given["eval_data"], **given}
     elif given.get("task", "file") != "file":
@@ -276,7 +276,8 @@ def open_checkpoint(given, path="", beside=None):
 def sample_answers(model, tok, problems, k, cfg, temperature, generator, desc):
     """k completions of each problem, in order: (problem, text, Completion) each."""
     answers, (stop_ids, find_end) = [], data.stops(tok, cfg.data)
-    # As many at a time as in a step of training, or more: `train.memory_plan` counts on it.
+    # As many completions at a time as in a step of training, or k each for 32 problems if that is
+    # more: `train.memory_plan` relies on it.
     size = max(32, cfg.grpo.prompts_per_step * cfg.grpo.group_size // k)
     for i in tqdm(range(0, len(problems), size), desc=desc, leave=False, disable=None):
         chunk = problems[i:i + size]
@@ -336,7 +337,7 @@ def evaluate(model, tok, problems, k, cfg, temperature):
     half = 1.96 * var ** 0.5 if m > 1 else 1.0
     if mean in (0.0, 1.0):  # no spread to estimate it from: the exact (Clopper-Pearson) interval
         half = 1 - 0.025 ** (1 / m)
-    elif not half:  # the same share of each: as wide as if each were right or wrong as a whole
+    elif not half:  # every problem has the same share: assume that each is all right or all wrong
         half = 1.96 * (mean * (1 - mean) / m) ** 0.5
     metrics = {"pass@1": mean, "pass@1_ci": [max(0.0, mean - half), min(1.0, mean + half)],
                f"pass@{k}": sum(pass_at_k(k, int(c), k) for c in right.sum(dim=1)) / n,
@@ -370,18 +371,18 @@ def checksum(path):
 
 
 def results_folder(ckpt):
-    """Where the evaluation of a checkpoint lies: beside it; of one that is not called ckpt.pt, and
-    need not be the only one in its folder, in a folder of its own."""
+    """The folder for a checkpoint's evaluation: the one it is in, or FILE.eval if it is not called
+    ckpt.pt, since its folder may then hold several checkpoints."""
     folder, file = os.path.split(ckpt)
     return folder if file == "ckpt.pt" else f"{ckpt}.eval"
 
 
 def evaluate_tasks(model, tok, cfg, folder, origin=None, requests=False):
-    """Evaluates cfg.data.tasks() in full: held-out problems, sampled at the training temperature,
-    at the paper's 0.6 and greedily, into FOLDER/eval.json (of the first, samples.jsonl). Toy models
-    also get a few problems of every other task: 5 % as many, or up to 100 with --task=all and, if
-    they have learnt from `requests`, of general ones. What FOLDER holds of more problems is kept.
-    `origin`: see `eval_settings`."""
+    """Evaluates cfg.data.tasks() in full: held-out problems, sampled at the training temperature
+    (these samples go to FOLDER/samples.jsonl), at the paper's 0.6 and greedily; metrics go to
+    FOLDER/eval.json. Toy models also get a few problems of every other task: 5 % as many, or up to
+    100 with --task=all, and of general tasks if `requests` (they have learnt from such). Results in
+    FOLDER on more problems are kept. `origin`: see `eval_settings`."""
     main, k, n = cfg.data.tasks(), cfg.sample.eval_samples, cfg.data.eval_problems
     settings, samples = eval_settings(cfg.settings(), origin), []
     tasks = dict.fromkeys(main, n)  # {task: how many problems}
@@ -417,9 +418,9 @@ def evaluate_tasks(model, tok, cfg, folder, origin=None, requests=False):
 
 
 def win_rates(samples, tok, out_dir):
-    """How many of the answers in chat that differ from dev3's (`differ` is their share) are better,
-    ties counting half: by gold reward, and by the reward model (a much higher rate means that it
-    was exploited). {} if dev3 or the reward model is missing."""
+    """The share of chat answers that beat dev3's, among those that differ from them (`differ`: the
+    share of these); ties count half. By gold reward, and by the reward model: if that rate is much
+    higher, the reward model was exploited. {} if dev3 or the reward model is missing."""
     dev3 = os.path.join(out_dir, "dev3", "samples.jsonl")
     path = os.path.join(out_dir, "reward_model", "ckpt.pt")
     if not (os.path.exists(dev3) and os.path.exists(path)):
@@ -445,10 +446,10 @@ def win_rates(samples, tok, out_dir):
 
 
 def rejection_sample(problems, texts, filters, rank=None):
-    """Keeps, of the completions texts[i] of each problems[i], the first that passes all filters
-    {name: (problem, text) -> bool}; with a `rank`, (problem, text) -> number, the highest-ranked,
-    and of these the better half of each task -> ((problem, text) rows, {filter: how many
-    passed})."""
+    """Keeps one of the completions texts[i] of each problems[i]: the first that passes all filters
+    {name: (problem, text) -> bool}. With `rank`, (problem, text) -> number, it keeps the one that
+    ranks highest, and then only the better half of these in each task. Returns ((problem, text)
+    rows, {filter: how many passed})."""
     passed, rows = Counter(), []
     for problem, said in zip(problems, texts, strict=True):
         for name, passes in filters.items():
@@ -506,9 +507,9 @@ class AskConfig:
     question: str = opt("", "your own question, in words")
     numbers: str = opt("", "your own countdown problem: numbers, as 3,7,2")
     target: int = opt(-1, "what to make of --numbers")
-    n: int = opt(4, "held-out problems to show; samples of your own one, and with --to of each",
+    n: int = opt(4, "held-out problems to show; with your own problem or --to: samples of each",
                  least=1)
-    to: str = opt("", "JSONL file for prompts and whole completions, which `train.py sft` reads")
+    to: str = opt("", "JSONL file to write prompts and complete answers to, for `train.py sft`")
     problems: int = opt(0, "training problems to sample with --to, at most; 0 = 400", least=0)
     only_right: bool = opt(False, "with --to: keep right samples only (rejection sampling)")
     temperature: float = opt(1.0, "0 takes the likeliest token", least=0)
@@ -579,8 +580,8 @@ def fit(text, width):
 
 
 def ask(args, given, path, beside=None):
-    """(problems, what `render` makes of a completion of each, settings): what the checkpoint at
-    `path` answers to the problems that the flags name, and the settings it was asked with."""
+    """Asks the checkpoint at `path` the problems that the flags name -> (problems, one completion
+    of each as `render` shows it, the settings used)."""
     _, model, tok, cfg = open_checkpoint(given, path, beside)
     if args.question:
         problems = [data.Problem("file", args.question, (), "")] * args.n
@@ -599,8 +600,8 @@ def ask(args, given, path, beside=None):
 
 
 def write_traces(args, given):
-    """Completions of training problems as lines of `prompt` and `completion`, but those that are
-    blank or cut: SFT would teach to end there."""
+    """Writes completions of training problems as lines of `prompt` and `completion`, except blank
+    and truncated ones: from these SFT would learn to stop there."""
     if os.path.isdir(args.to):
         raise UserError(f"--to={args.to} is a folder: name a file")
     path, model, tok, cfg = open_checkpoint(given)
@@ -651,7 +652,8 @@ def show_answers(given):
         if not args.ckpt:
             given.pop("init_from", None)
         found, settings = {}, None
-        for which in sorted((path, args.vs), key=os.path.isdir):  # a folder is asked as the other
+        # A folder comes second: it is asked with the settings of the other.
+        for which in sorted((path, args.vs), key=os.path.isdir):
             *found[which], settings = ask(args, given, which, settings)
         (problems, shown), (others, theirs) = found[path], found[args.vs]
         if problems != others:

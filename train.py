@@ -93,9 +93,9 @@ class TrainConfig:
     sft_rows: int = opt(24, "traces per step; pairs for the reward model", least=1)
     source_problems: int = opt(400, "problems sampled from the stage it learns from", least=1)
     source_samples: int = opt(8, "samples of each", least=1)
-    traces: str = opt("", "JSONL file of prompts and completions, or of chat messages, for `sft`, "
-                      "from which zero then starts")
-    lora_rank: int = opt(0, "train adapters of this rank, all else frozen; 0: the whole model",
+    traces: str = opt("", "JSONL file of prompts and completions, or of chat messages, for `sft`; "
+                      "zero then starts from sft")
+    lora_rank: int = opt(0, "rank of LoRA adapters (all else is frozen); 0: train all weights",
                          least=0)
     lora_alpha: float = opt(32.0, "... scaled by lora_alpha / lora_rank", above=0, most=1e6)
     general_replies: int = opt(600, "scripted replies to general requests, for dev3", least=1)
@@ -109,7 +109,7 @@ class TrainConfig:
     save_every: int = opt(20, "GRPO steps between checkpoints; supervised: ten times that", least=1)
     max_skipped: int = opt(5, "steps in a row with non-finite gradients that end a run", least=1)
     export_dir: str = opt("", "folder that `export` writes")
-    export_dtype: str = opt("auto", "weights that `export` writes; auto: those it is asked with",
+    export_dtype: str = opt("auto", "dtype of exported weights; auto: the one for sampling",
                             choices=("auto", "float32", "bfloat16", "float16"))
 
 
@@ -119,7 +119,7 @@ class Config(sample.Config):
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-LORA_DEFAULTS = {"rl_lr": 1e-5, "sft_lr": 1e-4}  # with --lora_rank: adapters want ten times more
+LORA_DEFAULTS = {"rl_lr": 1e-5, "sft_lr": 1e-4}  # with --lora_rank: adapters need 10 times the rate
 TASK_DEFAULTS = {  # what suits a task better; short documents: more and smaller steps
     "arithmetic": {"base_steps": 2000, "base_rows": 8, "base_length": 256, "rl_steps": 150},
     "logic": {"base_steps": 2000, "base_rows": 8, "base_length": 256},
@@ -175,15 +175,15 @@ def stage_config(stage, given, tok):
 
 
 def refuse_shape(given, model, path):
-    """Raises UserError naming what of the model's shape was given and is another at `path`."""
+    """Raises UserError naming given settings that contradict the shape of the model at `path`."""
     shape = [key for key, value in vars(model).items() if given.get(key, value) != value]
     if shape:
         raise UserError(f"{', '.join(shape)} cannot be set: {path} has its own shape")
 
 
 def refuse_other_settings(cfg, state, keys, path, advice):
-    """Raises UserError naming those of `keys` that have another value in a checkpoint's `state`;
-    one path may be written in two ways."""
+    """Raises UserError naming those of `keys` whose values differ from a checkpoint's `state`. Two
+    spellings of the same path do not differ."""
     now, then = cfg.settings(), {**Config().settings(), **state.get("settings", {})}
     other = [f"{key}={then[key]}, not {now[key]}" for key in keys if now[key] != then[key]
              and not (key in FILES and now[key] and then[key]
@@ -193,8 +193,8 @@ def refuse_other_settings(cfg, state, keys, path, advice):
 
 
 def contents(cfg):
-    """{setting: checksum} of the files that were given: a run does not go on with others under an
-    old name."""
+    """{setting: checksum} of the files that were given: a run is not resumed if their contents have
+    changed."""
     settings, weights = cfg.settings(), {"base": cfg.train.base, "init_from": cfg.sample.init_from}
     found = {key: sample.checksum(settings[key]) for key in ("data", "eval_data", "traces")}
     found |= {key: weights_checksum(path) for key, path in weights.items() if path}
@@ -202,7 +202,8 @@ def contents(cfg):
 
 
 def weights_checksum(path):
-    """Of a checkpoint, or of all safetensors files in a folder; of large files, of 64 pieces."""
+    """The checksum of a checkpoint, or of all safetensors files in a folder; it reads 64 pieces of
+    each file."""
     files = [path]
     if os.path.isdir(path):
         files = [os.path.join(path, file) for file in sorted(os.listdir(path))
@@ -218,9 +219,9 @@ def weights_checksum(path):
 
 
 def longest_prompt(cfg, tok):
-    """(length of the longest prompt, length of what all prompts begin with), in tokens, after
-    problems of files with too long a prompt are left out. Raises UserError, before any training, if
-    a completion may not fit behind a prompt."""
+    """(length of the longest prompt, length of the prefix that all prompts share), in tokens, after
+    leaving out problems of files whose prompts are too long. Raises UserError, before any training,
+    if a completion might not fit after a prompt."""
     data.leave_out_long(cfg.data, tok, cfg.model.context - cfg.grpo.max_new_tokens)
     rng, _ = generators("longest prompt")
     prompts = [data.prompt_ids(problem, tok, cfg.data) for problem in (
@@ -270,7 +271,7 @@ STEPS = {"base": "base_steps", "rl": "rl_steps", "sft": "sft_steps", "pairs": "s
 
 
 def cut_short(saved):
-    """What to say of a checkpoint whose run was to take more steps."""
+    """A note to print about a checkpoint with fewer steps than planned, else ""."""
     stage = STAGES.get(saved.get("stage"), STAGES["base"])
     step, planned = saved.get("step", 0), saved.get("settings", {}).get(STEPS[stage.kind], 0)
     return f", cut short at step {step} of {planned}" if step < planned else ""
@@ -328,9 +329,9 @@ class Run:
             print(f"{self.name}: has learnt from other contents of {' and '.join(other)}")
 
     def set_rounding(self, given):
-        """Sets the dtype to sample in and what multiplies matrices. Checkpoints say what "auto"
-        meant. A resumed run and all later sampling keep that dtype, because RL moves weights by
-        less than bfloat16 can represent."""
+        """Sets the dtype for sampling and the library for matrix products. Checkpoints record what
+        "auto" meant. A resumed run and all later sampling keep that dtype, because RL moves weights
+        by less than bfloat16 can represent."""
         cfg, then = self.cfg, self.saved.get("settings", {})
         cfg.sample.sample_dtype = given.get("sample_dtype") or then.get("sample_dtype", "auto")
         on_folder = cfg.sample.init_from and self.stage.parent in (None, "base")
@@ -351,8 +352,8 @@ class Run:
         return os.path.join(self.dir, file)
 
     def resume(self, model, optimizers, ref=None):
-        """Restores the checkpoint -> its step, 0 without one. What the logs say of later steps is
-        removed: it will be written again."""
+        """Restores the checkpoint -> its step, 0 without one. Removes later steps from the logs,
+        since they will be run again."""
         step = self.saved["step"]
         if step:
             trained = self.saved.get("trained")  # with adapters: beside the weights of the parent
@@ -369,14 +370,14 @@ class Run:
                                    if type(line.get("step")) is int and line["step"] <= step])
         with open(self.path("metrics.jsonl"), "ab") as f:
             self.log_size = f.tell()
-        handle_ctrl_c(self.stop_after_step)  # steps begin: until now it ends at once
+        handle_ctrl_c(self.stop_after_step)  # until now Ctrl-C ended the run at once
         self.saved = {"step": step}  # the rest is in use now, and large
         return step
 
     def load(self, stage, cls=GPT):
-        """The model of a stage; of `base` with --init_from, the real one, in the dtype that it is
-        sampled with if adapters leave it as it is. Where adapters are merged into the weights,
-        these stay in fp32: in bfloat16, small updates would vanish."""
+        """The model of a stage; for `base` with --init_from, the real model: in the dtype for
+        sampling if --lora_rank freezes its weights, else in fp32. Weights with adapters merged in
+        stay in fp32: in bfloat16, small updates would vanish."""
         real, out_dir = self.cfg.sample.init_from, self.cfg.sample.out_dir
         if stage == "base" and real:
             dtype = self.sample_dtype if self.cfg.train.lora_rank else torch.float32
@@ -627,7 +628,7 @@ def train_sft(run, filters, rank=None, replies=0):
 
 
 def train_traces(run):
-    """Fine-tunes the base on a file of traces, whoever wrote them."""
+    """Fine-tunes the base on a file of traces from any source."""
     path, context = run.cfg.train.traces, run.cfg.model.context
     traces = data.read_traces(path, run.tok, run.cfg.data)
     rows = [row for row in traces if len(row[0]) + len(row[1]) < context]
@@ -640,7 +641,7 @@ def train_traces(run):
 
 
 def fine_tune(run, rows):
-    """Next-token training of the parent's model on the second part of (prompt, completion) ids."""
+    """Trains the parent's model on the completions in rows of (prompt ids, completion ids)."""
     def batch(rng):
         return data.sft_batch(rows, run.tok, run.cfg.data, rng, run.cfg.train.sft_rows)
 
@@ -648,8 +649,8 @@ def fine_tune(run, rows):
 
 
 def source_samples(run, tasks=None, held_out=False):
-    """(problems, for each a list of what the source stage answers); of the given tasks, or as the
-    stage draws them. With `held_out` a fifth as many, from the held-out part."""
+    """(problems, for each a list of the source stage's completions); the problems are of `tasks`,
+    or as this stage draws them. With `held_out` a fifth as many, from the held-out part."""
     cfg, k, n = run.cfg, run.cfg.train.source_samples, run.cfg.train.source_problems
     key = [run.seed, run.name, "source"] + (["held out"] if held_out else [])
     rng, generator = generators(*key)
@@ -784,9 +785,9 @@ STAGES = {  # in the paper's order: whatever a stage needs is above it. Numbers:
         **SMALL, "mix": "task:4,chat:1,unsafe:1", "source_problems": 7200, "source_samples": 1,
         "sft_steps": 1200, "sft_lr": 2e-3, "sft_rows": 32}),
     "small_zero": Stage(train_rl, "rl", "small_base", None, SMALL),
-    # Experiments: dev2 without its language reward; r1 divided by the std, with more and larger
-    # steps; emoji, not divided: in a group that is all right a missing one would count like a wrong
-    # answer.
+    # Experiments: dev2 without its language reward; r1 with division by the std and more and larger
+    # steps; a reward for emoji, without that division: in a group whose answers are all right, a
+    # missing emoji would count as much as a wrong answer elsewhere.
     "dev2_free": Stage(train_rl, "rl", "dev1", None, SHORT_RL),
     "r1_hacked": Stage(train_rl, "rl", "dev3", "reward_model", {
         **ALL_SCENARIOS, "rl_steps": 36, "rl_lr": 5e-4}),
@@ -883,7 +884,7 @@ def grew_from_earlier(other, run):
 
 
 def adopt_base(run):
-    """A base that was trained elsewhere: brings along what is known of it there -> its origin."""
+    """Takes over a base that was trained elsewhere, with evaluations that apply -> its origin."""
     base, folder, settings = run.cfg.train.base, run.cfg.sample.init_from, run.cfg.settings()
     print(f"base: {folder or base}{run.cut_short}")
     if not run.cfg.train.traces:  # with them RL starts from other weights
@@ -928,8 +929,8 @@ def run_stage(name, given, named=True, earlier=None):
             handle_ctrl_c(signal.default_int_handler)
         plot_curves(run.dir)
     found = read_results(run.dir)
-    # Evaluated again, unless this was done in full (what is asked in passing has no greedy answers)
-    # with the settings that the run was trained with, or with these.
+    # Evaluate unless there is a full evaluation (only these have greedy answers) with the current
+    # settings or those of training.
     same = [sample.eval_settings(settings, origin) for settings in (now, then)]
     if name == "reward_model":
         if "pairs" not in found:
@@ -943,8 +944,8 @@ def run_stage(name, given, named=True, earlier=None):
 
 
 def memory_plan(cfg, prompt_len, device, shared_len=0):
-    """What GRPO takes all the time, {what: bytes}, and what more at its two peaks; activations as
-    autograd keeps them. `shared_len`: of the tokens that all prompts begin with."""
+    """The memory that GRPO always takes, {what: bytes}, and what its two peaks add; activations as
+    autograd keeps them. `shared_len`: length of the prefix that all prompts share."""
     def size(dtype):  # of a number
         return 2 if sample.use_bf16(dtype, device) else 4
 
@@ -1027,7 +1028,7 @@ def all_results(out_dir):
 
 
 def print_tables(results, tasks):
-    """{stage: results by task} -> what each stage does with `tasks`, and with the others."""
+    """Prints {stage: results by task}: a table for each of `tasks`, and one for all others."""
     results = {stage: found for stage, found in results.items() if any(t in found for t in tasks)}
     for task in tasks:
         rows = {stage: found for stage, found in results.items() if task in found}
@@ -1117,8 +1118,8 @@ def run_table(given):
 
 
 def run_eval(given):
-    """`eval`: the final evaluation of any checkpoint, beside it, or into --out_dir if that is
-    elsewhere; with --init_from and no --ckpt, of a model as it came."""
+    """`eval`: the final evaluation of a checkpoint, written beside it, or into --out_dir if that is
+    elsewhere; with --init_from and no --ckpt, of the model in that folder."""
     path, model, tok, cfg = sample.open_checkpoint(given)
     origin, stage, out_dir = None, None, cfg.sample.out_dir
     if os.path.isdir(path):  # a model as it came is the base of what lies in out_dir
@@ -1149,7 +1150,7 @@ def run_export(given):
     if train.export_dtype != "auto":
         dtype = getattr(torch, train.export_dtype)
     ends = list(dict.fromkeys(data.stops(tok, cfg.data)[0]))  # what RL has learnt to end with
-    data.prompt_ids(data.Problem("file", "?", (), ""), tok, cfg.data)  # refuses another's template
+    data.prompt_ids(data.Problem("file", "?", (), ""), tok, cfg.data)  # checks the template
     save_pretrained(model, train.export_dir, source, dtype)
     if not source:
         tok.save(train.export_dir, data.chat_template(cfg.data.template, cfg.data.prefill_think))
