@@ -249,7 +249,7 @@ class Problem:
     @property
     def held_out(self):
         """True for the 30 % that only evaluation sees, whatever the seed and the target. The split
-        is by the set of numbers if a problem has numbers, else by the question."""
+        is by the set of numbers if a problem has numbers (but for code), else by the question."""
         return zlib.crc32(self.canonical.encode()) % 10 < 3
 
     @property
@@ -515,7 +515,7 @@ def leave_out_long(cfg, tok, room):
 
     files = cfg.files()
     if files and room < 1:
-        raise UserError(f"max_new_tokens leaves {room} tokens of the context to prompts: lower it")
+        raise UserError("max_new_tokens leaves no room in the context for prompts: lower it")
     for path in files:
         keep(path, lambda problem: len(prompt_ids(problem, tok, cfg)) <= room,
              f"their prompts are longer than context - max_new_tokens = {room}")
@@ -575,7 +575,7 @@ def refuse_two_tasks(given):
 
 
 def no_problem(cfg, task, held_out):
-    """The error to raise where there is none."""
+    """The error to raise if there is none."""
     if task == "file":
         path = cfg.eval_data if held_out and cfg.eval_data else cfg.data
         return UserError(f"{path}: no problem is left to {'evaluate' if held_out else 'train'} on")
@@ -912,7 +912,7 @@ def prose_line(rng):
 class Task:
     draw: callable          # (cfg, rng) -> Problem, or None to be asked again
     write: callable = None  # (problem, cfg, habits, rng) -> (lines of thinking, answer)
-    in_corpus: bool = True  # whether every base reads about it
+    in_corpus: bool = True  # whether bases read about it (--task=all: see REASONING)
 
 
 TASKS = {
@@ -1146,9 +1146,9 @@ def count_habits(text, cfg):
 
 def main(task="countdown"):
     rng, cfg, tok = random.Random(0), DataConfig(task=task), load_tokenizer()
-    if task not in TASKS or not TASKS[task].in_corpus:
-        known = ", ".join(name for name in TASKS if TASKS[name].in_corpus)
-        print(f"data.py: the corpus is about {known}, not {task}", file=sys.stderr)
+    known = [*(name for name in TASKS if TASKS[name].in_corpus), "all"]
+    if task not in known:
+        print(f"data.py: {task!r} is not one of {', '.join(known)}", file=sys.stderr)
         sys.exit(2)
     for _ in range(8):
         print(*document(cfg, rng), sep="", end="\n\n")

@@ -273,8 +273,8 @@ def optimiser_step(policy, ref, optimizers, batch, cfg):
         metrics["grad_norm"], metrics["skipped"] = apply_gradients(policy, optimizers,
                                                                    cfg.max_grad_norm)
     else:
-        # Only the KL has a gradient, and AdamW or Muon would scale it up to a full step: none is
-        # taken (published GRPO does). This just measures and clears the gradients.
+        # Only the KL has a gradient, and AdamW or Muon would scale it up to a full step: no step is
+        # taken (published GRPO takes it). This just measures and clears the gradients.
         metrics["grad_norm"], _ = apply_gradients(policy, [], cfg.max_grad_norm)
     return metrics
 

@@ -261,7 +261,8 @@ UNSPACED = ("han", "kana", "thai")  # two letters count as one word
 MAX_READ = 10_000  # characters of the thinking that are checked for language and emoji
 
 
-FORMULA = re.compile(r"\\[a-zA-Z]+|(?<![a-zA-Zα-ωΑ-Ω])[a-zA-Zα-ωΑ-Ω](?![a-zA-Zα-ωΑ-Ω])")  # \frac, x
+LETTER = "[A-Za-z\u00c0-\u024f\u1e00-\u1eff\u0370-\u03ff]"
+FORMULA = re.compile(rf"\\[a-zA-Z]+|(?<!{LETTER})[a-zA-Zα-ωΑ-Ω](?!{LETTER})")  # \frac, x
 
 
 def count_words(text, formulas=False):
@@ -512,7 +513,8 @@ SIGNS = [  # (what is written, what it means), replaced in this order
     (r"^[ *]*(?:minus|negative) (?=[0-9])", "-"),
     (r"(?:\\left)?\\\{ *([-−]?[0-9]+(?: *, *[-−]?[0-9]+)+) *(?:\\right)?\\\}",  # a set
      lambda found: re.sub(" *, *", ", ", found[1])),
-    (r"(?<=\S)~", " "), (r"(?<=[0-9])\\,(?=[0-9]{3})", ""), (">=|≥", r"\\ge "), ("<=|≤", r"\\le "),
+    (r"(?<=[\w}$])~|(?<=[0-9}$]) ~|~(?= ?[0-9])", " "),  # elsewhere it is a negation
+    (r"(?<=[0-9])\\,(?=[0-9]{3})", ""), (">=|≥", r"\\ge "), ("<=|≤", r"\\le "),
     (r"\\begin\{[bp]matrix\}", "[["), (r"\\end\{[bp]matrix\}", "]]"), (r"\\\\", "],["), ("&", ","),
     ("[−–]", "-"), ("π", r"\\pi "), ("∞", r"\\infty"), ("±", r"\\pm "), ("∪", r"\\cup "),
     ("≠", r"\\ne "), ("²", "^2"), ("³", "^3"), (r"\+?\\infty", r"\\infty"),
@@ -543,8 +545,8 @@ MATHS = ("(?:arc)?(?:sin|cos|tan)[xyz]?|log|exp|sqrt|plus|minus|over|divided|squ
          "(?:twen|thir|for|fif|six|seven|eigh|nine)ty|"
          "(?:hundred|thousand|[mb]illion|trillion)s?|[a-z]+illi(?:on|ard)(?:th)?s?|mil|mille|twice|"
          "imaginary|kappa|zeta|eta|abs|sgn|arg|det|gcd|lcm|max|integral|modulo|inverse|reciprocal|"
-         "hex|binary|octal|gross|score|without|except|wrong|under|zero|one|"
-         "repeating|recurring|multiplied|raised|added|subtracted|greater|cosec|(?:co)?sine|tangent|"
+         "hex|binary|octal|gross|score|without|except|wrong|under|zero|"
+         "repeating|recurring|multiplied|raised to|added|subtracted|greater|"
          "(?:twen|thir|for|fif|six|seven|eigh|nine)tieths?|double|percent|below|"
          "(?:less|fewer|more) than|times (?!(?:per|an?|each|every) )\\w+")  # words, but no units
 UNIT = (r"_[1-9][0-9]?|"  # base 9; or km/h, apples, ...
@@ -553,7 +555,7 @@ UNIT = (r"_[1-9][0-9]?|"  # base 9; or km/h, apples, ...
         r"(?:(?![一二三四五六七八九十百千万亿萬億兆又点點半或])[㐀-鿿])+)|"
         r" (?-i:[mgLlsh])|"
         rf"(?: |(?=[^\W\d_]{{4}}))(?!(?:{MATHS})\b)[^\W\d_㐀-鿿]{{3,}})"
-        rf"(?: (?!(?:{MATHS})\b)[^\W\d_]+(?<! [b-z])){{0,3}}"
+        rf"(?: (?!(?:{MATHS})\b)[^\W\d_]+(?<! (?-i:[nxyz]))){{0,3}}"
         r"(?:/[^\W\d_]+)?(?: ?\^[23])?")
 SHORT = dict(pair.split(":") for pair in (  # units with two names
     "meter:m metre:m millimeter:mm millimetre:mm centimeter:cm centimetre:cm kilometer:km "
@@ -578,8 +580,8 @@ def plain(text):
         boxed = re.match(r"\{((?:[^{}]|\{[^{}]*\})*)\}| ([^ {}]+)", text)
         text = boxed[1] or boxed[2] or "" if boxed else ""
     text = " ".join(text.split())
-    if not re.search(r"[<>]|\\[gl]e(?![a-z])", text):  # "x > 2 or x < 5" is not a list
-        text = re.sub(r",? (?:and|or) ", ", ", text)
+    has_relation = re.search(r"<|(?<!-)>|\\[gl]e(?![a-z])", text)  # "and" is not "or" there
+    text = re.sub(r",? or " if has_relation else r",? (?:and|or) ", ", ", text)
     text = re.sub(r"^([\"'`])(.*)\1$", r"\2", text.lstrip(" *=").rstrip(" *.。:"))
     return re.sub(r"^\(([^(),]*)\)$|^\{([^{}]*)\}$", r"\1\2", text)  # (B) is B
 

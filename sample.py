@@ -226,6 +226,7 @@ def open_checkpoint(given, path="", beside=None):
     out_dir = given.get("out_dir", SampleConfig.out_dir)
     path = path or given.get("ckpt") or given.get("init_from")
     path = path or os.path.join(out_dir, "zero", "ckpt.pt")
+    files = {}
     if os.path.isdir(path):
         trained = {**REAL_DEFAULTS, **(beside or {})}
         given = {**given, "init_from": path}
@@ -235,14 +236,14 @@ def open_checkpoint(given, path="", beside=None):
         state = load_checkpoint(path)
         if state.get("stage") == "reward_model":
             raise UserError(f"{path} is a reward model: it judges answers and gives none")
-        trained = state.get("settings", {})
+        trained, files = state.get("settings", {}), state.get("files", {})
         if given.get("init_from") and not trained.get("init_from"):
             raise UserError(f"{path} was not trained from a folder: leave out --init_from")
-    if "data" in given and os.path.realpath(given["data"]) != os.path.realpath(
-            trained.get("data", "")):
-        trained = {**trained, "eval_data": ""}
-    elif "data" in given:
-        trained = {**trained, "data": given["data"]}  # the same file: keep its eval_data
+    if "data" in given:
+        is_known = (os.path.realpath(given["data"]) == os.path.realpath(trained.get("data", ""))
+                    or checksum(given["data"]) == files.get("data", 0))
+        # If it was trained on these problems, what was held out is in its eval_data.
+        trained = {**trained, "eval_data": trained.get("eval_data", "") if is_known else ""}
     elif "eval_data" in given:
         given = {"data": trained.get("data") or given["eval_data"], **given}
     elif given.get("task", "file") != "file":
@@ -409,7 +410,8 @@ def evaluate_tasks(model, tok, cfg, folder, origin=None, requests=False):
                 results[task][f"pass@1_{name}"] = other["pass@1"]
     if "chat" in tasks:
         results.pop("win_rate", None)
-        results |= win_rates(samples, tok, os.path.join(folder, os.pardir))
+        up = 2 if folder.endswith(".eval") else 1  # see `results_folder`
+        results |= win_rates(samples, tok, os.path.join(folder, *[os.pardir] * up))
     path = os.path.join(folder, "samples.jsonl")
     earlier = read_lines(path) if os.path.exists(path) else []
     kept = set(results) - set(tasks)
@@ -489,6 +491,9 @@ def read_results(folder):
     results = read_json(path)
     with reading(path, "an evaluation; delete it, and the same command makes it again"):
         for task in set(results) & set(data.TASKS):
+            if "asked" in results[task]:  # what "settings" was called once
+                then = dict(results[task].pop("asked"))
+                results[task]["settings"] = {key: then[key] for key in then if key != "of"}
             # Raises unless they are there, and numbers.
             results[task]["samples"] + results[task]["problems"] + results[task]["pass@1"]
             dict(results[task].get("settings", {}))
@@ -649,8 +654,8 @@ def show_answers(given):
         problems, shown, _ = ask(args, given, path)
         columns.append(shown)
     else:
-        if not args.ckpt:
-            given.pop("init_from", None)
+        if not args.ckpt and args.init_from:
+            data.load_tokenizer(given.pop("init_from"))  # raises if there is no such folder
         found, settings = {}, None
         # A folder comes second: it is asked with the settings of the other.
         for which in sorted((path, args.vs), key=os.path.isdir):

@@ -294,6 +294,8 @@ class Run:
         self.steps = cfg.settings()[STEPS[self.stage.kind]]
         self.seconds, self.skipped, self.rows, self.stopping = 0.0, 0, 0, False
         self.files = contents(cfg)
+        if "n_layer" in self.stage.settings:  # small models have a base of their own
+            self.files.pop("base", None)
         self.dir, self.saved = os.path.join(cfg.sample.out_dir, name), {"step": 0}
         os.makedirs(self.dir, exist_ok=True)
         if os.path.exists(self.path("ckpt.pt")):
@@ -822,6 +824,13 @@ def has_dev3(stage):
     return stage in STAGES and "dev3" in resolve_dependencies([stage])
 
 
+def useful_weights(cfg):
+    """The reward weights that are not 0 and apply to some task that RL draws from."""
+    drawn = [data.Problem(task, "", (), "") for task in cfg.data.shares()]
+    return {key for key in names(RewardConfig) if getattr(cfg.rewards, key)
+            and any(rewards.applies(key.removeprefix("w_"), problem) for problem in drawn)}
+
+
 NEEDS = {"lora_alpha": "lora_rank", "question_key": "data", "answer_key": "data"}
 
 
@@ -835,13 +844,11 @@ def check_stages(stages, words, given):
                         f"toy's small base or its general requests")
     if "sft" in stages and not traces:
         raise UserError("sft needs --traces=FILE.jsonl")
-    default = Config().settings()
-    for key, other in NEEDS.items():
-        if given.get(key, default[key]) != default[key] and not given.get(other):
-            raise UserError(f"--{key} does nothing without --{other}")
     tok, out_dir = data.load_tokenizer(folder), given.get("out_dir", SampleConfig.out_dir)
     judge, will_be_trained = os.path.join(out_dir, "reward_model", "ckpt.pt"), set()
-    idle = {key for key in names(RewardConfig) if given.get(key)}  # weights of no use to any stage
+    # Flags that may do nothing: those that a stage was not trained with before.
+    default = Config().settings()
+    idle = {key for key in given if given[key] != default.get(key)}
     for i, name in enumerate(stages):
         stage = stage_of(name, given)
         cfg = stage_config(stage, given, tok)
@@ -854,15 +861,15 @@ def check_stages(stages, words, given):
                 run = Run(name, given, name in words)
             for other in {stage.parent, stage.source} & will_be_trained:
                 raise grew_from_earlier(other, run)
+            then = run.saved.get("settings", {})
+            idle = {key for key in idle if given[key] != then.get(key)}
         elsewhere = name == "base" and (folder or cfg.train.base)
         if not elsewhere and not (saved and run.saved["step"] >= run.steps):
             will_be_trained.add(name)
         if stage.kind == "rl":
-            judges = {key for key in names(RewardConfig) if getattr(cfg.rewards, key) and any(
-                rewards.applies(key.removeprefix("w_"), data.Problem(task, "", (), ""))
-                for task in cfg.data.shares())}
-            idle -= judges
-            if not judges:
+            useful = useful_weights(cfg)
+            idle -= useful
+            if not useful and name in will_be_trained:
                 raise UserError(f"{name}: no reward with a weight judges "
                                 f"{', '.join(cfg.data.shares())}: see --w_format, or --mix")
         if stage.kind == "rl" and judged(cfg) and "reward_model" not in stages[:i]:
@@ -872,9 +879,13 @@ def check_stages(stages, words, given):
             if fault:
                 raise UserError(f"{name}: w_preference needs a reward model, {judge}{fault}: "
                                 f"train.py reward_model makes it")
-    if idle and any(STAGES[name].kind == "rl" for name in stages):
-        raise UserError(f"--{sorted(idle)[0]} does nothing: no stage draws problems that it judges "
-                        f"(see --mix)")
+    for key in idle:
+        if key in NEEDS and not given.get(NEEDS[key]):
+            raise UserError(f"--{key} does nothing without --{NEEDS[key]}")
+        if key in names(RewardConfig) and given[key] and any(
+                STAGES[name].kind == "rl" for name in stages):
+            raise UserError(f"--{key} does nothing: no stage draws problems that it judges (see "
+                            f"--mix)")
 
 
 def grew_from_earlier(other, run):
@@ -1043,7 +1054,7 @@ def print_tables(results, tasks):
         print_table(f"{task}: {most} held-out problems, {k} samples of each", rows,
                     {HEADINGS.get(key, key): (task, key) for key in keys})
         own = {stage: {key: value for key, value in found[task].get("settings", {}).items()
-                       if key not in ("eval_problems", "origin", "files")}
+                       if key not in ("eval_problems", "origin")}
                for stage, found in rows.items()}
         if any(settings != own[min(own)] for settings in own.values()):  # not to be compared
             for stage, settings in own.items():
@@ -1126,14 +1137,15 @@ def run_eval(given):
         origin, folder = [os.path.realpath(path), weights_checksum(path)], f"{out_dir}/base"
         known = [found.get("settings", {}).get("origin") for found in read_results(folder).values()]
         grown = [name for name in STAGES if os.path.exists(f"{out_dir}/{name}/ckpt.pt")]
-        if "base" in grown or grown and known and known[0] != origin:
+        other = any(one and one[1] != origin[1] for one in known)
+        if "base" in grown or grown and other:
             raise UserError(f"{out_dir} holds {', '.join(grown)}, which did not grow from {path}: "
                             f"choose another --out_dir")
     else:
         stage, folder = load_checkpoint(path).get("stage"), sample.results_folder(path)
         inside = os.path.join(os.path.realpath(out_dir), "")
         if "out_dir" in given and not os.path.realpath(path).startswith(inside):
-            folder = out_dir
+            origin, folder = [os.path.realpath(path), weights_checksum(path)], out_dir
     sample.evaluate_tasks(model, tok, cfg, folder, origin, has_dev3(stage))
     print_tables({folder or path: read_results(folder)}, cfg.data.tasks())
 

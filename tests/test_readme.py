@@ -342,7 +342,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, lenient):  # noqa
     """In one folder, with tiny settings in place of the defaults."""
     monkeypatch.chdir(tmp_path)
     tiny = [flag for flag in PIPELINE if not flag.startswith("--rl_steps")]
-    others = ("--help", "SmolLM2", "out-smol", "largest", "tests/", "data.py", "out-hf --template")
+    others = ("--help", "SmolLM2", "out-smol", "largest", "tests/", "data.py")
     chosen = [c for c in COMMANDS if not any(word in c for word in others)]
     for command in sorted(chosen, key=in_order):
         script, *argv = shlex.split(command)[1:]

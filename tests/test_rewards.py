@@ -364,10 +364,12 @@ def test_units_are_compared_if_both_have_one_and_letters_are_none(target, text, 
     ("5", ["x_1 = 5", "`5`", '"5"', "5:"], ["'6'"]), ("f'", [], ["f"]),
     ("1500", [r"1.5 \times 10^3", "1.5×10^{3}"], ["1.5×10^{2}"]),
     ("0.0015", [r"1.5 \times 10^{-3}"], [r"1.5 \times 10^{-4}"]),
-    ("x < -2 or x > 3", ["x<-2 or x>3"], ["x < -2 and x > 3"]),
+    ("x < -2 or x > 3", ["x<-2 or x>3", "x > 3 or x < -2", "x < -2, x > 3"], ["x < -2 and x > 3"]),
+    (r"25^\circ\text{C}", ["25 degrees C", r"25^\circ C", "25"], ["25 degrees F"]),
+    ("60", ["60 km per h", "60 m per s"], ["60 km n"]), ("p->q", [], ["p->~q"]),
     ("2 or 3", ["3 and 2", "2, 3"], []), (r"\frac{6/(2+x)}{x}", [], [r"6/\frac{2+x}{x}"]),
     (r"x^{\frac12}", [r"x^\frac12", "x^(1/2)"], ["x^1/2"]), ("p", [], ["~p"]),
-    ("3cm", [r"3~\text{cm}", "3~cm"], []),
+    ("3cm", [r"3~\text{cm}", "3~cm", r"3 ~\text{cm}", "x = ~3"], []),
     ("18", ["18€", "€18", r"\boxed{7}\boxed{18}"],
      [r"\boxed{18} \boxed{", r"\boxed{18}\boxed{7}", r"\boxed{1", r"\boxed"])])
 def test_answers_are_compared_without_what_only_changes_their_looks(target, same, others):
@@ -463,7 +465,8 @@ def test_language_consistency_is_the_share_of_words_in_the_questions_script(thin
     ("5", "5 imaginary", 0), ("5", "5 kappa", 0), ("5", "5 gross", 0), ("5", "5 wrong answer", 0),
     ("7", "7 modulo x", 0), ("0.6 repeating", "0.6", 0), ("12", "12 multiplied by x", 0),
     ("12", "12 greater than y", 0), ("2", "2 sec x", 0), ("2", "2 sec", 1), ("2", "2 cosine x", 0),
-    ("1", "1 zero zero", 0), ("20", "20 miles a gallon", 1)])
+    ("1", "1 zero zero", 0), ("20", "20 miles a gallon", 1), ("8", "8 raised beds", 1),
+    ("2", "2 tangent lines", 1), ("8", "8 raised to the third", 0)])
 def test_words_that_are_units_and_words_that_are_not(target, answer, right):
     problem = data.Problem("file", "?", (), target)
     assert rewards.verify_written(problem, answer)[1] == bool(right)
@@ -475,6 +478,9 @@ def test_formulas_are_no_words_of_a_language():
     chinese, english = "\u5148\u5e73\u65b9\u518d\u76f8\u52a0 $x^2$", "first square the sum"
     assert [one_language(asked, f"<think>{text}</think>{GOOD}")
             for text in (chinese, english)] == [1, 0]
+    asked = data.Problem("file", "Quel est l'\u00e9t\u00e9 pr\u00e9f\u00e9r\u00e9 ?", (), "5")
+    words = "pr\u00e9f\u00e9r\u00e9 \u00e9t\u00e9 d\u00e9j\u00e0 \u5148\u5e73"
+    assert one_language(asked, f"<think>{words}</think>{GOOD}") == 3 / 4
     asked = data.Problem("file", "What is the area of a circle of radius r?", (), "5")
     assert one_language(asked, f"<think>take \u03c0 and \u03b8 of it</think>{GOOD}") == 1
 

@@ -564,9 +564,56 @@ def test_checkpoints_that_share_a_folder_share_no_results(finished, tmp_path, ca
 
 def test_eval_writes_into_out_dir_if_the_checkpoint_lies_elsewhere(finished, tmp_path):
     before = (finished / "zero" / "eval.json").read_bytes()
+    run(tmp_path, "eval", f"--ckpt={finished}/base/ckpt.pt", "--task=logic", tiny=[])
+    assert "pass@1_greedy" in results(tmp_path)["logic"]
     run(tmp_path, "eval", f"--ckpt={finished}/zero/ckpt.pt", "--temperature=0.5", tiny=[])
     assert results(tmp_path)["countdown"]["temperature"] == 0.5
+    assert "pass@1_greedy" not in results(tmp_path)["logic"]  # the base's is not zero's
     assert (finished / "zero" / "eval.json").read_bytes() == before
+
+
+def test_flags_that_did_nothing_once_do_not_lock_a_folder(finished, tmp_path, capsys):
+    """Nor do weights for a later stage, or a mix that earns nothing in a finished one."""
+    shutil.copytree(finished, tmp_path / "out")
+    path = tmp_path / "out" / "zero" / "ckpt.pt"
+    state = load_checkpoint(path)
+    state["settings"] |= {"w_harmless": 3.0, "lora_alpha": 9.0}
+    save_checkpoint(str(path), state)
+    flags = ["zero", *ZERO, "--w_harmless=3", "--lora_alpha=9", f"--out_dir={tmp_path / 'out'}"]
+    train.main(flags)
+    assert "zero: done" in capsys.readouterr().out
+    given = train.parse([*ZERO, "r1", "--mix=chat:1", "--w_format=0", "--w_preference=1"])[1]
+    given["out_dir"] = str(finished)
+    with pytest.raises(UserError, match="zero was trained with"):  # named: it has other settings
+        train.check_stages(["base", "zero"], ["zero"], given)
+    del given["w_length"], given["w_format"]
+    with pytest.raises(UserError, match="w_preference needs a reward model"):
+        train.check_stages(["base", "zero", "r1"], ["r1"], given)
+
+
+def test_results_of_before_are_read_under_the_new_name(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+    path = tmp_path / "out" / "zero" / "eval.json"
+    before = json.loads(path.read_text())
+    then = {task: {**{k: v for k, v in found.items() if k != "settings"},
+                   "asked": {**found["settings"], "of": None}} for task, found in before.items()}
+    path.write_text(json.dumps(then))
+    assert sample.read_results(str(path.parent)) == before
+
+
+def test_small_stages_do_not_depend_on_another_folders_base(finished, tmp_path):
+    given = {"base": f"{finished}/base/ckpt.pt", "out_dir": str(tmp_path)}
+    assert "base" in train.Run("zero", given).files
+    assert "base" not in train.Run("small_zero", given).files
+
+
+def test_a_moved_folder_is_the_same_model(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    flags = [*REAL, f"--out_dir={tmp_path}"]
+    train.main(["zero", *flags, f"--init_from={folder}"])
+    train.main(["eval", *flags, f"--init_from={tmp_path}/model"])
+    origin = results(tmp_path / "base")["countdown"]["settings"]["origin"]
+    assert origin[0] == str(tmp_path / "model")
 
 
 def test_weights_and_settings_that_do_nothing_are_refused(tmp_path, capsys):
@@ -1470,7 +1517,10 @@ def test_what_was_held_out_in_training_is_held_out_later(folder, tmp_path):
         files[name] = write_traces(tmp_path / f"{name}.jsonl", rows)
     flags = [*REAL, f"--init_from={folder}", f"--data={files['A']}"]
     run(tmp_path, "zero", tiny=[*flags, f"--eval_data={files['B']}"])
-    train.main(["eval", f"--ckpt={tmp_path}/zero/ckpt.pt", f"--data={files['A']}"])
+    copy = shutil.copy(files["A"], tmp_path / "A2.jsonl")
+    for known in (files["A"], copy):
+        train.main(["eval", f"--ckpt={tmp_path}/zero/ckpt.pt", f"--data={known}"])
+        assert {line["prompt"][0] for line in read(tmp_path / "zero", "samples.jsonl")} == {"B"}
     assert {line["prompt"][0] for line in read(tmp_path / "zero", "samples.jsonl")} == {"B"}
     before = results(tmp_path / "zero")["file"]["settings"]["files"]
     rows = [{"question": f"B new {i}?", "answer": i} for i in range(9)]

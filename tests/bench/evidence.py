@@ -59,6 +59,10 @@ def told(given):
     out_dir = given["out_dir"]
     then = load_checkpoint(os.path.join(out_dir, "zero", "ckpt.pt"))["settings"]
     base = then.get("base") or os.path.join(out_dir, "base", "ckpt.pt")
+    useful = train.useful_weights(train.Config.of(then))
+    idle = {*(f.name for f in fields(rewards.RewardConfig)), "export_dir"} - useful
+    idle |= {key for key, other in train.NEEDS.items() if not then.get(other)}
+    then = {key: value for key, value in then.items() if key not in idle or not value}
     return {**then, "device": "auto", "threads": 0, "eval_every": 0, "base": base, **given}
 
 

@@ -119,7 +119,8 @@ def gather(known):
             if os.path.exists(path):
                 stages[stage] = round_all(read(path))
                 for found in stages[stage].values():
-                    found.pop("settings", None)
+                    for key in ("settings", "asked"):  # the latter until 3eede02
+                        found.pop(key, None)
                 if os.path.exists(os.path.join(where, stage, "samples.jsonl")) and (
                         "countdown" in stages[stage]):
                     stages[stage]["countdown"] |= round_all(in_samples(where, stage))
