@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------
@@ -279,6 +278,9 @@ class GPT(nn.Module):
         n = min(int((idx == idx[0]).all(dim=0).long().cumprod(0).sum()), T - 2)
         if N == 1 or 4 * n < T or T > self.cfg.context:
             return self.trunk(idx)
+        # Imported only here: it brings torch's compiler along, which takes seconds.
+        from torch.nn.attention.bias import causal_lower_right
+
         prefix = [PrefillCache() for _ in self.blocks]
         start = self.trunk(idx[:1, :n], caches=prefix)
         rest = self.trunk(idx[:, n:], torch.arange(n, T, device=device)[None],

@@ -280,7 +280,7 @@ def cons(verdicts, k, n):
 def first_problems(ckpt, n, tasks):
     """pass@1, the majority vote and the length of a base in those n held-out problems of each task
     whose samples lie beside its checkpoint, as `sample.evaluate` counts them."""
-    folder = os.path.dirname(ckpt)
+    folder = sample.results_folder(ckpt)
     lines, found = sample.read_lines(os.path.join(folder, "samples.jsonl")), {}
     for task in tasks:
         k = sample.read_results(folder)[task]["samples"]
