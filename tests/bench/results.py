@@ -224,6 +224,7 @@ def blocks(results):
            "verdicts": missed(rows),
            "stages": stages_table(named(runs, "all tasks")),
            "now": now_table(named(runs, "seed")),
+           "zen3": now_table(results["earlier"]["zen3"]["stages"]),
            "distillation": distillation_table(named(runs, "all tasks").values()),
            "recipe": recipe_table(named(runs, "all tasks").values())}
     seen = results["seen"] | {"ended": last_table(runs["seed 1"]["stages"])}
