@@ -81,8 +81,8 @@ def test_the_figures_in_the_readmes_first_lines_are_those_of_the_seeds():
     assert len(runs) == 5 and len(elsewhere) == 4
     want = (f"from {span('base', 'pass@1')} % to {span('zero', 'pass@1')} % (5 seeds; "
             f"{span('zero', 'pass@1', elsewhere)} % for four of them where another CPU rounds "
-            f"otherwise; only answers between `<answer>` tags count; with tags left aside the base has "
-            f"{span('base', 'pass@1_untagged')} %)")
+            f"otherwise; only answers between `<answer>` tags count; with tags left aside the base "
+            f"has {span('base', 'pass@1_untagged')} %)")
     assert want in " ".join(README.split())
 
 
