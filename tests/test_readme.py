@@ -339,7 +339,8 @@ def test_the_adapters_of_the_readme_judge_as_our_rewards_do(as_module):
 def in_order(command):
     """What makes checkpoints comes before what reads them."""
     reads = any(word in command for word in ("table", " eval ", "export", "sample.py"))
-    return reads, "--base=" in command or "--rl_steps=120" in command
+    exported = "--init_from=out-hf" in command
+    return reads, exported or "--base=" in command or "--rl_steps=120" in command
 
 
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, lenient):  # noqa: F811

@@ -541,7 +541,7 @@ def test_beside_a_folder_a_checkpoint_keeps_its_own_tokenizer(finished, exported
     monkeypatch.setattr(sample, "sample_answers", lambda *args: asked.append(args[4]) or
                         answer(*args))
     sample.main([f"--init_from={exported}", f"--vs={finished / 'zero' / 'ckpt.pt'}", "--n=1"])
-    assert opened == ["", exported]
+    assert opened == [exported, "", exported]  # first to see whether it is there
     ours, folders = asked  # the folder is put the same question, as the checkpoint was
     assert ours.data == folders.data and ours.data.template == "toy"
     assert ours.grpo.max_new_tokens == folders.grpo.max_new_tokens
