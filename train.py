@@ -37,6 +37,7 @@ import zlib
 from collections import Counter
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 
 import torch
 from tqdm import tqdm
@@ -223,17 +224,28 @@ def longest_prompt(cfg, tok):
     leaving out problems of files whose prompts are too long. Raises UserError, before any training,
     if a completion might not fit after a prompt."""
     data.leave_out_long(cfg.data, tok, cfg.model.context - cfg.grpo.max_new_tokens)
-    rng, _ = generators("longest prompt")
-    prompts = [data.prompt_ids(problem, tok, cfg.data) for problem in (
-        *data.eval_problems(cfg.data, 50), *(data.draw_problem(cfg.data, rng) for _ in range(200)))]
-    others = () if cfg.sample.init_from else [task for task in data.TASKS if task != "file"]
-    asked = [data.prompt_ids(problem, tok, cfg.data)  # in the final evaluation
-             for task in others for problem in data.eval_problems(cfg.data, 100, task)]
-    longest, new = max(map(len, prompts + asked)), cfg.grpo.max_new_tokens
+    # Stages of a run ask this with the same settings; files may change.
+    measure = prompt_lengths.__wrapped__ if cfg.data.data else prompt_lengths
+    longest, shared = measure(tuple(asdict(cfg.data).items()), cfg.sample.init_from)
+    new = cfg.grpo.max_new_tokens
     if longest + new > cfg.model.context:
         raise UserError(f"a prompt of {longest} tokens + max_new_tokens={new} do not fit "
                         f"context={cfg.model.context}")
-    return longest, len(os.path.commonprefix(prompts))
+    return longest, shared
+
+
+@cache
+def prompt_lengths(settings, folder):
+    """What `longest_prompt` returns, of a DataConfig's `settings` ((name, value), ...) and the
+    tokenizer of `folder` ("": the toy's)."""
+    cfg, tok = DataConfig(**dict(settings)), data.load_tokenizer(folder)
+    rng, _ = generators("longest prompt")
+    problems = [*data.eval_problems(cfg, 50), *(data.draw_problem(cfg, rng) for _ in range(200))]
+    prompts = [data.prompt_ids(problem, tok, cfg) for problem in problems]
+    others = () if folder else [task for task in data.TASKS if task != "file"]
+    asked = [data.prompt_ids(problem, tok, cfg)  # in the final evaluation
+             for task in others for problem in data.eval_problems(cfg, 100, task)]
+    return max(map(len, prompts + asked)), len(os.path.commonprefix(prompts))
 
 
 def names(cls, *left_out):
