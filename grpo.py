@@ -33,7 +33,7 @@ have its advantage A (o_<t: the tokens before). Then
     A     = (r - mean(r)) / std(r)                                  over the group            (1)
     rho_t = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)               the ratio of a token      (2)
     L_t   = -min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A)                           (3)
-    kl_t  = pi_ref/pi - log(pi_ref/pi) - 1, both at o_t             KL, estimated: "k3", >= 0 (4)
+    kl_t  = pi_ref/pi - log(pi_ref/pi) - 1, both at o_t             estimates the KL; >= 0    (4)
     loss  = mean over completions of the mean over their tokens of  L_t + beta kl_t           (5)
 
 At the first optimiser step on a rollout pi = pi_old: rho_t is 1, nothing is clipped, and since the
@@ -93,8 +93,8 @@ class GRPOConfig:
     clip_high: float = opt(0.2, "eps_high: ... and above at 1 + this (DAPO: 0.28)", above=0,
                            most=1e6)
     kl_coef: float = opt(0.001, "beta, weight of the KL to the reference; 0: no reference", least=0)
-    kl_loss: str = opt("k3", "k3: equation (4) (GRPO); k3_ratio: k3 times the ratio, whose "
-                       "gradient is that of KL(pi || pi_ref) (DeepSeek-V3.2)",
+    kl_loss: str = opt("k3", "k3 (Schulman's name): equation (4) (GRPO); k3_ratio: k3 times the "
+                       "ratio, whose gradient is that of KL(pi || pi_ref) (DeepSeek-V3.2)",
                        choices=("k3", "k3_ratio"))
     loss_norm: str = opt("sequence", "sequence: mean over completions of their tokens' mean "
                          "(GRPO); token: mean over all tokens (DAPO); constant: sum over tokens "
@@ -107,8 +107,8 @@ class GRPOConfig:
     dynamic_sampling: int = opt(0, "extra rounds, at most, that replace groups whose rewards are "
                                 "all equal (DAPO)", least=0, most=1000)
     skip_equal: bool = opt(False, "leave completions with advantage 0 out of the update, as is "
-                           "always done if kl_coef is 0: faster late in a run, but the KL no "
-                           "longer holds them")
+                           "always done if kl_coef is 0: faster late in a run, but the KL then "
+                           "does not act on them")
     ref_every: int = opt(0, "steps between copies of the policy into the reference; 0: none",
                          least=0)
     micro_tokens: int = opt(2048, "tokens per forward and backward pass, padding included; changes "
@@ -156,8 +156,8 @@ def train_grpo(policy, ref, env, run, cfg):
         sync_weights(sampler, policy)
 
         sampled, groups = [], []  # all groups of this step, and those kept for the update
-        # By default one round, and all groups are kept. Dynamic sampling adds rounds: each drops
-        # the groups that teach nothing, and draws as many new ones.
+        # By default one round, and all groups are kept. Dynamic sampling adds rounds, each of which
+        # replaces the groups that teach nothing (those of the last round stay).
         for _ in range(1 + cfg.dynamic_sampling):
             groups = [group for group in groups if any(sample.adv for sample in group)]
             if len(groups) == P:
@@ -240,16 +240,16 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
 
 
 def optimiser_step(policy, ref, optimizers, batch, cfg):
-    """One step on a list of Samples -> its metrics, as floats. Those in MEANS are missing if no
-    sample was left to learn from; "skipped" (1: gradients not finite) is missing if all advantages
-    are 0, and so no step is taken."""
+    """One step on a list of Samples -> its metrics, as floats. If no sample is left to learn from,
+    those in MEANS are missing; if all advantages are 0, no step is taken, and "skipped" is missing
+    (it is 1 if gradients were not finite)."""
     N, device = len(batch), next(policy.parameters()).device
     batch = [sample for sample in batch if not (cfg.mask_truncated and sample.truncated)]
     batch.sort(key=len, reverse=True)  # rows of like length together: little padding
     n_tokens = torch.tensor([len(sample.ids) for sample in batch])
-    # Before the filter below: equation (5) divides by the number of all completions, including
-    # those dropped there (an advantage of 0 gives no gradient). And over the whole batch, so that
-    # the gradients of its micro-batches add up to the batch's.
+    # Equation (5) divides by all completions, also those that the filter below drops (an advantage
+    # of 0 gives no gradient), and over the whole batch, so that the gradients of its micro-batches
+    # add up to the batch's.
     weights = token_weights(n_tokens, N, cfg)
     if cfg.skip_equal or ref is None:
         kept = [i for i, sample in enumerate(batch) if sample.adv]

@@ -409,6 +409,7 @@ def sample_token(logits, temperature, u):
         # right=True never picks a token of probability 0; the factor keeps rounding from reaching
         # past the last one.
         token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:] * (1 - 2**-22), right=True)
+        token = token.clamp(max=p.shape[-1] - 1)  # past the last only if p is NaN
     return token[:, 0], p.gather(1, token)[:, 0].log()
 
 
@@ -425,8 +426,8 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
              generator=None, find_end=None, share_prefix=True, drop_rows=True, static=None):
     """Samples `group_size` completions of each prompt (a list of ids) from the whole softmax -> a
     list of Completions, those of a prompt side by side. Raises UserError if a prompt does not fit.
-    A completion ends at a stop id, or after n tokens if find_end(its ids) returns an n above 0;
-    while sampling, find_end sees only the last 16 ids.
+    A completion ends at a stop id, or after n tokens if find_end(its ids), which may look for an
+    </answer>, returns an n above 0; while sampling, find_end sees only the last 16 ids.
 
     Row i draws the same random numbers whatever the other rows do: `share_prefix`, `drop_rows` and
     `static` (CUDA graphs; None = on CUDA) save time and change samples only by rounding."""
@@ -447,8 +448,6 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     caches = [PrefillCache() for _ in model.blocks]
     h = model.trunk(padded, caches=caches)[torch.arange(len(prompts), device=device), last]
     logits = model.head(h)
-    if not logits.isfinite().all():
-        raise UserError("the model's logits are not finite: its weights are damaged, or diverged")
     logits = logits.repeat_interleave(group_size, 0)
     caches = [cache.share(group_size, L + max_new_tokens) for cache in caches]
     prompt_lens = (last + 1).repeat_interleave(group_size)
@@ -466,7 +465,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     stop = torch.tensor(list(stop_ids), device=device, dtype=torch.long)
     new = torch.zeros(N, max_new_tokens, device=device, dtype=torch.long)
     new_logp = torch.zeros(N, max_new_tokens, device=device)
-    rows = torch.arange(N, device=device)  # those still being decoded
+    rows = torch.arange(N, device=device)  # those still in the batch
     stopped = torch.zeros(N, device=device, dtype=torch.bool)  # which of these have ended
     for t in range(max_new_tokens):
         token, logp = sample_token(logits, temperature, u[t, rows])
@@ -474,7 +473,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
         stopped |= torch.isin(token, stop)
         if t + 1 == max_new_tokens:
             break
-        if t % 4 == 3:  # only every fourth token: to read `stopped` the host waits for the device
+        if t % 4 == 3:  # not at every token: to read `stopped` the CPU waits for the GPU
             if find_end:
                 recent = new[rows, max(0, t - 15):t + 1].tolist()  # 4 new, room for an </answer>
                 stopped |= torch.tensor([find_end(ids) > 0 for ids in recent], device=device)
@@ -495,6 +494,9 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
             mask = visible[..., :L + t + 1] if visible is not None else None
             with no_grad():
                 logits = model.head(model.trunk(token[:, None], position, caches, mask)[:, -1])
+
+    if not new_logp.isfinite().all():
+        raise UserError("the model's logits are not finite: its weights are damaged, or diverged")
 
     # ---- Collect: each row up to and including its first end token
     is_end = torch.isin(new, stop)

@@ -38,10 +38,6 @@ class RewardConfig:
     w_preference: float = opt(0.0, "weight of the reward model's score, for general requests")
     w_harmless: float = opt(0.0, "weight of declining unsafe requests")
 
-    def check(self):
-        if not any(vars(self).values()):
-            raise UserError("all reward weights are 0: set --w_accuracy, or another, above 0")
-
 
 # ------------------------------------------------------------------------------------------------
 # Reading a completion
@@ -89,7 +85,8 @@ VERDICT = re.compile(rf"\b(?:{'|'.join(word.strip() for word in WORDS['miss'] + 
 
 
 def retries(text):
-    """Whether a completion checks a result against the target, misses, and checks another."""
+    """Whether a completion checks a result against the target, misses, and checks another. Only
+    evaluations count this; nothing rewards it."""
     return any(verdict.startswith(MISS) for verdict in VERDICT.findall(text)[:-1])
 
 
@@ -229,7 +226,7 @@ def is_right(problem, text):
 
 
 def is_right_untagged(problem, text):
-    """Whether the answer is right if tags are left aside: what follows "answer:" counts as well,
+    """Whether the answer is right if tags are ignored: what follows "answer:" counts as well,
     and so does a text that is nothing but the answer."""
     answer = split_completion(text)[1] or ANSWER.split(text)[-1].strip()
     return VERIFIERS[problem.task](problem, answer)[1]
@@ -251,8 +248,8 @@ def format_reward(problems, texts):
 
 SCRIPTS = {  # the letters of each script
     "latin": "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u1e00-\u1eff",
-    "han": "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f",
-    "kana": "぀-ヿ", "hangul": "가-힯", "cyrillic": "Ѐ-ԯ", "greek": "Ͱ-Ͽ",
+    "han": "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f",
+    "kana": "぀-ヿ", "hangul": "가-힯\u3130-\u318f", "cyrillic": "Ѐ-ԯ", "greek": "Ͱ-Ͽ",
     "arabic": "؀-ۿ", "hebrew": "א-ת",
     "devanagari": "ऀ-ॿ", "thai": "฀-๿"}
 RUNS = {name: re.compile(f"[{letters}]+") for name, letters in SCRIPTS.items()}
@@ -289,8 +286,8 @@ def one_language(problem, text):
 
 
 def language_consistency(problems, texts):
-    """R1's reward against mixed languages: `one_language` of each; 0 where nothing was thought
-    (otherwise leaving out the thinking would pay). It tells scripts apart, not English from
+    """R1's reward against mixed languages: `one_language` of each; 0 without any thinking
+    (otherwise leaving it out would pay). It tells scripts apart, not English from
     French."""
     scores = []
     for problem, text in zip(problems, texts, strict=True):
@@ -365,24 +362,16 @@ def score(problems, texts, cfg, **others):
 
 
 def checked(name, reward, problems, texts):
-    """A reward's values as floats. Raises UserError naming the reward, the problem and the
-    completion where it raises or does not return one finite number for each."""
-    try:
-        values = list(reward(problems, texts))
-        fault = f"returned {len(values)} values" if len(values) != len(texts) else ""
-        for value in values:
-            if isinstance(value, (str, bytes)) or value is None or not math.isfinite(value):
-                fault = fault or f"returned {value!r}"
-        if not fault:
-            return [float(value) for value in values]
-    except Exception as e:  # it is the user's function: anything may happen in it
-        fault = f"raised {type(e).__name__}: {str(e)[:100]}"
-    if len(texts) == 1:
-        raise UserError(f"reward {name!r} {fault} for the problem {problems[0].question[:80]!r} "
-                        f"and the completion {texts[0][:200]!r}")
-    for problem, text in zip(problems, texts, strict=True):  # which one was it?
-        checked(name, reward, [problem], [text])
-    raise UserError(f"reward {name!r} {fault} for {len(texts)} completions; one by one it works")
+    """A reward's values as floats. Raises UserError unless it gives a finite number for each."""
+    values = list(reward(problems, texts))
+    if len(values) != len(texts):
+        raise UserError(f"reward {name!r} returned {len(values)} values for {len(texts)} "
+                        f"completions")
+    for problem, text, value in zip(problems, texts, values, strict=True):
+        if isinstance(value, (str, bytes)) or value is None or not math.isfinite(value):
+            raise UserError(f"reward {name!r} returned {value!r} for the problem "
+                            f"{problem.question[:80]!r} and the completion {text[:200]!r}")
+    return [float(value) for value in values]
 
 
 class Environment:
@@ -447,8 +436,8 @@ def preference_pairs(problems, answers, rng, label_noise=0.1):
 
 class RewardModel(nn.Module):
     """A transformer whose head gives a number per token; a text's score is their sum. Trained on
-    pairs (Bradley-Terry), so only differences mean anything: they are log-odds that the one text
-    is preferred to the other."""
+    pairs (Bradley-Terry), so only differences mean anything: they are log-odds that one text is
+    preferred to another."""
 
     def __init__(self, cfg, gpt=None):
         super().__init__()
@@ -633,6 +622,8 @@ def verify_written(problem, answer):
     if max(len(answer), len(problem.target)) > MAX_ANSWER:  # the same words
         words, wanted = (" ".join(text.lower().split()) for text in (answer, problem.target))
         return words if words == wanted else words[:MAX_ANSWER], words == wanted
+    if answer == problem.target:  # also where `plain` leaves nothing of it, as of a lone =
+        return canonical(plain(answer)) or answer, True
     got, want = plain(answer), plain(problem.target)
     right_form = canonical(want)  # one form: all that are right vote for it
     if ("=" in got) != ("=" in want):  # x = 72 is 72

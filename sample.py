@@ -44,7 +44,6 @@ from model import (
     opt,
     pick,
     read_json,
-    reading,
     sampling_copy,
     validate,
     write_json,
@@ -128,14 +127,12 @@ def sampling_dtype(cfg):
     return torch.bfloat16 if use_bf16(cfg.sample_dtype, find_device(cfg.device)) else torch.float32
 
 
-def set_up_cpu(cfg, known="auto"):
-    """Sets the number of CPU threads and the library for matrix products. "auto" is measured once,
-    and the result is kept in checkpoints (`known`): torch and oneDNN round differently, and a
-    resumed run must not switch. If torch lacks oneDNN's operator, its own product is used."""
+def set_up_cpu(cfg):
+    """Sets the number of CPU threads and the library for matrix products. "auto" is measured, and
+    checkpoints keep the result: torch and oneDNN round differently, and a resumed run must not
+    switch. If torch lacks oneDNN's operator, its own product is used."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if cfg.matmul == "auto":
-        cfg.matmul = known
     if cfg.matmul == "auto":
         on_cpu = find_device(cfg.device).type == "cpu"
         cfg.matmul = "onednn" if on_cpu and onednn_pays() else "torch"
@@ -218,6 +215,21 @@ def one_line_errors(prog, folder=""):
 NO_FILE = {"task": "countdown", "mix": "", "data": "", "eval_data": ""}
 
 
+def choose_problems(given, trained, files):
+    """(given, trained), the settings of now and of training, changed so that the problems to ask
+    follow from them. `files`: checksums of the files that training read."""
+    if given.get("data"):
+        is_known = (os.path.realpath(given["data"]) == os.path.realpath(trained.get("data", ""))
+                    or checksum(given["data"]) == files.get("data", 0))
+        # If it was trained on these problems, what was held out is in its eval_data.
+        trained = {**trained, "eval_data": trained.get("eval_data", "") if is_known else ""}
+    elif given.get("eval_data"):
+        given = {"data": trained.get("data") or given["eval_data"], **given}
+    elif given.get("task", "file") != "file":
+        trained = {**trained, **NO_FILE}
+    return given, trained
+
+
 def open_checkpoint(given, path="", beside=None):
     """(path, model, tokenizer, Config) of a checkpoint, with the settings that it was trained with
     unless others are given; or of a Hugging Face folder, with the settings `beside`: those of the
@@ -239,15 +251,7 @@ def open_checkpoint(given, path="", beside=None):
         trained, files = state.get("settings", {}), state.get("files", {})
         if given.get("init_from") and not trained.get("init_from"):
             raise UserError(f"{path} was not trained from a folder: leave out --init_from")
-    if "data" in given:
-        is_known = (os.path.realpath(given["data"]) == os.path.realpath(trained.get("data", ""))
-                    or checksum(given["data"]) == files.get("data", 0))
-        # If it was trained on these problems, what was held out is in its eval_data.
-        trained = {**trained, "eval_data": trained.get("eval_data", "") if is_known else ""}
-    elif "eval_data" in given:
-        given = {"data": trained.get("data") or given["eval_data"], **given}
-    elif given.get("task", "file") != "file":
-        trained = {**trained, **NO_FILE}
+    given, trained = choose_problems(given, trained, files)
     here = {"device": "auto", "threads": 0}  # of this machine, not of the one it was trained on
     then = sampling_dtype(pick(SampleConfig, {**trained, **here}))
     if trained.get("lora_rank"):  # merged: in bfloat16, small updates would vanish
@@ -321,26 +325,15 @@ def assess(problem, text, completion, cfg):
 
 
 def evaluate(model, tok, problems, k, cfg, temperature):
-    """k completions of each problem -> (metrics, the lines of samples.jsonl). The 95 % interval of
-    pass@1 is over problems, because the k samples of one are not independent; neither are logic
-    puzzles that differ only in names, which count as one."""
+    """k completions of each problem -> (metrics, the lines of samples.jsonl)."""
     _, generator = generators("evaluate")
     answers = sample_answers(model, tok, problems, k, cfg, temperature, generator, "evaluate")
     samples, n = [assess(*answer, cfg) for answer in answers], len(problems)
     verdicts = [(s["answer"], s["right"]) for s in samples]
     votes = [majority_vote(verdicts[i:i + k]) for i in range(0, n * k, k)]
     right = torch.tensor([right for _, right in verdicts]).double().view(n, k)
-    mean, clusters = right.mean().item(), Counter()
-    for problem, deviation in zip(problems, (right.mean(dim=1) - mean).tolist(), strict=True):
-        clusters[data.without_names(problem)] += deviation
-    m = len(clusters)
-    var = sum(x * x for x in clusters.values()) * m / max(1, m - 1) / n ** 2  # of the mean
-    half = 1.96 * var ** 0.5 if m > 1 else 1.0
-    if mean in (0.0, 1.0):  # no spread to estimate it from: the exact (Clopper-Pearson) interval
-        half = 1 - 0.025 ** (1 / m)
-    elif not half:  # every problem has the same share: assume that each is all right or all wrong
-        half = 1.96 * (mean * (1 - mean) / m) ** 0.5
-    metrics = {"pass@1": mean, "pass@1_ci": [max(0.0, mean - half), min(1.0, mean + half)],
+    mean = right.mean().item()
+    metrics = {"pass@1": mean, "pass@1_ci": interval(problems, mean, right.mean(dim=1).tolist()),
                f"pass@{k}": sum(pass_at_k(k, int(c), k) for c in right.sum(dim=1)) / n,
                f"cons@{k}": sum(votes) / n}
     for key, value in samples[0].items():
@@ -349,24 +342,36 @@ def evaluate(model, tok, problems, k, cfg, temperature):
     return {**metrics, "problems": n, "samples": k, "temperature": temperature}, samples
 
 
+def interval(problems, mean, shares):
+    """The 95 % interval of the `mean` of each problem's share of right samples. It is over
+    problems, because the samples of one are not independent; neither are logic puzzles that differ
+    only in names, which count as one."""
+    n, clusters = len(problems), Counter()
+    for problem, share in zip(problems, shares, strict=True):
+        clusters[data.without_names(problem)] += share - mean
+    m = len(clusters)
+    var = sum(x * x for x in clusters.values()) * m / max(1, m - 1) / n ** 2  # of the mean
+    half = 1.96 * var ** 0.5 if m > 1 else 1.0
+    if mean in (0.0, 1.0):  # no spread to estimate it from: the exact (Clopper-Pearson) interval
+        half = 1 - 0.025 ** (1 / m)
+    elif half < 1e-9:  # all shares are equal: assume that each problem is all right or all wrong
+        half = 1.96 * (mean * (1 - mean) / m) ** 0.5
+    return [max(0.0, mean - half), min(1.0, mean + half)]
+
+
 EVAL_SETTINGS = [*(f.name for f in fields(DataConfig) if f.name not in ("task", "mix")),
                  "max_new_tokens", "temperature", "eval_samples"]
 
 
 def eval_settings(settings, origin=None):
-    """The EVAL_SETTINGS that are not the defaults, and checksums of the files among them:
-    evaluations with the same ones can be compared. `origin`: [path, checksum] of a model that was
-    trained elsewhere."""
+    """The EVAL_SETTINGS that are not the defaults: evaluations with the same ones can be compared.
+    `origin`: the path of a model that was trained elsewhere."""
     default = Config().settings()
     own = {key: settings[key] for key in EVAL_SETTINGS if settings[key] != default[key]}
-    files = {key: checksum(settings[key]) for key in ("data", "eval_data") if key in own}
-    return {**own, **({"files": files} if files else {}), **({"origin": origin} if origin else {})}
+    return {**own, **({"origin": origin} if origin else {})}
 
 
 def checksum(path):
-    """Of a file, None if there is none."""
-    if not os.path.isfile(path):
-        return None
     with open(path, "rb") as f:
         return zlib.crc32(f.read())
 
@@ -378,40 +383,42 @@ def results_folder(ckpt):
     return folder if file == "ckpt.pt" else f"{ckpt}.eval"
 
 
-def evaluate_tasks(model, tok, cfg, folder, origin=None, requests=False):
-    """Evaluates cfg.data.tasks() in full: held-out problems, sampled at the training temperature
-    (these samples go to FOLDER/samples.jsonl), at the paper's 0.6 and greedily; metrics go to
-    FOLDER/eval.json. Toy models also get a few problems of every other task: 5 % as many, or up to
-    100 with --task=all, and of general tasks if `requests` (they have learnt from such). Results in
-    FOLDER on more problems are kept. `origin`: see `eval_settings`."""
-    main, k, n = cfg.data.tasks(), cfg.sample.eval_samples, cfg.data.eval_problems
-    settings, samples = eval_settings(cfg.settings(), origin), []
-    tasks = dict.fromkeys(main, n)  # {task: how many problems}
-    results = {task: found for task, found in read_results(folder).items()
-               if found.get("settings", {}).get("origin") == origin}
-    model = for_sampling(model, cfg.sample)
+def tasks_to_ask(cfg, known, requests):
+    """{task: how many held-out problems}: all of cfg.data.tasks(); of a toy model also a few of
+    every other task, of which no more are `known`: 5 % as many, but up to 100 with --task=all, and
+    of general ones if `requests` (the model has learnt from such)."""
+    n, main = cfg.data.eval_problems, cfg.data.tasks()
+    tasks = dict.fromkeys(main, n)
     for task in data.TASKS if not (cfg.sample.init_from or cfg.data.data) else ():
         fully = cfg.data.task == "all" or requests and task in data.GENERAL
         few = min(n, 100) if fully else max(1, n // 20)
-        known = results.get(task, {"problems": 0})
-        same = {**known.get("settings", {}), "eval_problems": 0} == {**settings, "eval_problems": 0}
-        is_more = known["problems"] > few and (same or "pass@1_greedy" in known)
-        if task not in (*main, "file") and not is_more:
+        if task not in (*main, "file") and known.get(task, {"problems": 0})["problems"] <= few:
             tasks[task] = few
+    return tasks
+
+
+def evaluate_tasks(model, tok, cfg, folder, origin=None, requests=False):
+    """Evaluates a model on `tasks_to_ask`: at the training temperature, on cfg.data.tasks() also at
+    the paper's 0.6 and greedily. Metrics go to FOLDER/eval.json, samples to FOLDER/samples.jsonl.
+    `origin`: see `eval_settings`."""
+    k, samples, settings = cfg.sample.eval_samples, [], eval_settings(cfg.settings(), origin)
+    results = {task: found for task, found in read_results(folder).items()
+               if found.get("settings", {}).get("origin") == origin}
+    tasks = tasks_to_ask(cfg, results, requests)
+    model = for_sampling(model, cfg.sample)
     for task, n in tasks.items():
         problems = data.eval_problems(cfg.data, n, task)
         results[task], found = evaluate(model, tok, problems, k, cfg, cfg.grpo.temperature)
         results[task]["settings"] = settings
         samples += found[:100 * k]
-        if task in main:
+        if task in cfg.data.tasks():
             few = min(4, max(1, 400 // n))  # some 400 samples will do
             for name, samples_each, temperature in (("T=0.6", few, 0.6), ("greedy", 1, 0.0)):
                 other, _ = evaluate(model, tok, problems, samples_each, cfg, temperature)
                 results[task][f"pass@1_{name}"] = other["pass@1"]
     if "chat" in tasks:
         results.pop("win_rate", None)
-        up = 2 if folder.endswith(".eval") else 1  # see `results_folder`
-        results |= win_rates(samples, tok, os.path.join(folder, *[os.pardir] * up))
+        results |= win_rates(samples, tok, os.path.join(folder, os.pardir))
     path = os.path.join(folder, "samples.jsonl")
     earlier = read_lines(path) if os.path.exists(path) else []
     kept = set(results) - set(tasks)
@@ -486,18 +493,7 @@ def read_lines(path):
 def read_results(folder):
     """{task: its results} of an evaluation, {} if there was none."""
     path = os.path.join(folder, "eval.json")
-    if not os.path.exists(path):
-        return {}
-    results = read_json(path)
-    with reading(path, "an evaluation; delete it, and the same command makes it again"):
-        for task in set(results) & set(data.TASKS):
-            if "asked" in results[task]:  # what "settings" was called once
-                then = dict(results[task].pop("asked"))
-                results[task]["settings"] = {key: then[key] for key in then if key != "of"}
-            # Raises unless they are there, and numbers.
-            results[task]["samples"] + results[task]["problems"] + results[task]["pass@1"]
-            dict(results[task].get("settings", {}))
-    return results
+    return read_json(path) if os.path.exists(path) else {}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The DeepSeek-R1 pipeline on a laptop: the stages, and how they run.
 
-    base ---- SFT: traces of any source, --traces=FILE --> sft           instead of base for zero
+    base ---- SFT: traces of any source, --traces=FILE --> sft           zero may start from it
     base ---- GRPO: accuracy, format --------------------> zero          DeepSeek-R1-Zero
     base ---- SFT: zero's most readable right traces ----> dev1          cold start
     dev1 ---- GRPO: + one language ----------------------> dev2          reasoning RL
@@ -33,11 +33,9 @@ import subprocess
 import sys
 import textwrap
 import time
-import zlib
 from collections import Counter
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
 
 import torch
 from tqdm import tqdm
@@ -137,14 +135,10 @@ def stage_config(stage, given, tok):
     defaults = REAL_DEFAULTS if folder else TASK_DEFAULTS.get(given.get("task"), {})
     if folder and given.get("lora_rank"):
         defaults = REAL_DEFAULTS | LORA_DEFAULTS
-    if stage.kind != "rl":  # it has no rewards, and their weights need not make sense for it
-        given = {key: value for key, value in given.items() if key not in names(RewardConfig)}
     cfg = Config.of({"vocab_size": tok.n_vocab, **defaults, **stage.settings, **given})
     if cfg.train.lora_rank and cfg.grpo.ref_every:
         raise UserError(f"ref_every={cfg.grpo.ref_every}: with --lora_rank the reference is the "
                         f"model without its adapters, always")
-    if cfg.grpo.ref_every and not cfg.grpo.kl_coef:
-        raise UserError(f"ref_every={cfg.grpo.ref_every}: with kl_coef=0 there is no reference")
     if folder and cfg.train.base:
         raise UserError(f"--init_from={folder} and --base={cfg.train.base}: leave out one of them")
     split = {os.path.realpath(path) for path in (cfg.data.data, cfg.data.eval_data)}
@@ -193,59 +187,21 @@ def refuse_other_settings(cfg, state, keys, path, advice):
         raise UserError(f"{path} was trained with {'; '.join(other)}: {advice}")
 
 
-def contents(cfg):
-    """{setting: checksum} of the files that were given: a run is not resumed if their contents have
-    changed."""
-    settings, weights = cfg.settings(), {"base": cfg.train.base, "init_from": cfg.sample.init_from}
-    found = {key: sample.checksum(settings[key]) for key in ("data", "eval_data", "traces")}
-    found |= {key: weights_checksum(path) for key, path in weights.items() if path}
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def weights_checksum(path):
-    """The checksum of a checkpoint, or of all safetensors files in a folder; it reads 64 pieces of
-    each file."""
-    files = [path]
-    if os.path.isdir(path):
-        files = [os.path.join(path, file) for file in sorted(os.listdir(path))
-                 if file.endswith(".safetensors")]
-    found = 0
-    for file in files:
-        size = os.path.getsize(file)
-        with open(file, "rb") as f:
-            for i in range(64):
-                f.seek(i * size // 64)
-                found = zlib.crc32(f.read(2**16), found)
-    return found
-
-
 def longest_prompt(cfg, tok):
-    """(length of the longest prompt, length of the prefix that all prompts share), in tokens, after
-    leaving out problems of files whose prompts are too long. Raises UserError, before any training,
-    if a completion might not fit after a prompt."""
-    data.leave_out_long(cfg.data, tok, cfg.model.context - cfg.grpo.max_new_tokens)
-    # Stages of a run ask this with the same settings; files may change.
-    measure = prompt_lengths.__wrapped__ if cfg.data.data else prompt_lengths
-    longest, shared = measure(tuple(asdict(cfg.data).items()), cfg.sample.init_from)
-    new = cfg.grpo.max_new_tokens
+    """(length of the longest prompt, length of the prefix that all prompts share), in tokens.
+    Raises UserError if a completion might not fit after a prompt."""
+    rng, _ = generators("longest prompt")
+    problems = [*data.eval_problems(cfg.data, 50),
+                *(data.draw_problem(cfg.data, rng) for _ in range(200))]
+    prompts = [data.prompt_ids(problem, tok, cfg.data) for problem in problems]
+    others = () if cfg.sample.init_from else [task for task in data.TASKS if task != "file"]
+    asked = [data.prompt_ids(problem, tok, cfg.data)  # in the final evaluation
+             for task in others for problem in data.eval_problems(cfg.data, 100, task)]
+    longest, new = max(map(len, prompts + asked)), cfg.grpo.max_new_tokens
     if longest + new > cfg.model.context:
         raise UserError(f"a prompt of {longest} tokens + max_new_tokens={new} do not fit "
                         f"context={cfg.model.context}")
-    return longest, shared
-
-
-@cache
-def prompt_lengths(settings, folder):
-    """What `longest_prompt` returns, of a DataConfig's `settings` ((name, value), ...) and the
-    tokenizer of `folder` ("": the toy's)."""
-    cfg, tok = DataConfig(**dict(settings)), data.load_tokenizer(folder)
-    rng, _ = generators("longest prompt")
-    problems = [*data.eval_problems(cfg, 50), *(data.draw_problem(cfg, rng) for _ in range(200))]
-    prompts = [data.prompt_ids(problem, tok, cfg) for problem in problems]
-    others = () if folder else [task for task in data.TASKS if task != "file"]
-    asked = [data.prompt_ids(problem, tok, cfg)  # in the final evaluation
-             for task in others for problem in data.eval_problems(cfg, 100, task)]
-    return max(map(len, prompts + asked)), len(os.path.commonprefix(prompts))
+    return longest, len(os.path.commonprefix(prompts))
 
 
 def names(cls, *left_out):
@@ -261,12 +217,13 @@ INHERITED = [*BASE, *names(DataConfig, "eval_problems", "mix", *CORPUS), "base",
              "lora_rank", "lora_alpha"]  # BASE: a stage grown from another one is of another run
 SFT = [*INHERITED, "mix", "source_problems", "source_samples", "max_new_tokens", "temperature",
        "sft_steps", "sft_lr", "sft_rows"]
+ROUNDING = ["autocast", "sample_dtype", "matmul"]
 RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
-    "base": [*BASE, "autocast"],
+    "base": [*BASE, *ROUNDING],
     "rl": [*INHERITED, "mix", *names(RewardConfig),
-           *names(GRPOConfig, "rl_steps", "eval_every", "micro_tokens"), "autocast", "ref_dtype"],
-    "sft": [*SFT, "general_replies", "autocast"],
-    "pairs": [*SFT, "label_noise", "autocast"],
+           *names(GRPOConfig, "rl_steps", "eval_every", "micro_tokens"), *ROUNDING, "ref_dtype"],
+    "sft": [*SFT, "general_replies", *ROUNDING],
+    "pairs": [*SFT, "label_noise", *ROUNDING],
 }
 FILES = ("init_from", "base", "data", "eval_data", "traces")
 
@@ -282,13 +239,6 @@ WIDTHS = {"cut": 4, "grad": 7, "loss": 7}  # least ones; else 5
 STEPS = {"base": "base_steps", "rl": "rl_steps", "sft": "sft_steps", "pairs": "sft_steps"}
 
 
-def cut_short(saved):
-    """A note to print about a checkpoint with fewer steps than planned, else ""."""
-    stage = STAGES.get(saved.get("stage"), STAGES["base"])
-    step, planned = saved.get("step", 0), saved.get("settings", {}).get(STEPS[stage.kind], 0)
-    return f", cut short at step {step} of {planned}" if step < planned else ""
-
-
 def handle_ctrl_c(handler):
     with suppress(ValueError):  # in the main thread; elsewhere Python allows no handlers
         signal.signal(signal.SIGINT, handler)
@@ -298,69 +248,62 @@ class Run:
     """One stage under way: its settings, its folder, and how it resumes, logs, saves and stops."""
 
     def __init__(self, name, given, named=True):
-        """`named`: whether the command line names the stage, or only others need it."""
+        """`named`: whether the command line names the stage, or only others need it. Raises
+        UserError if what was trained here before contradicts the settings."""
         self.name, self.stage = name, stage_of(name, given)
         self.tok = data.load_tokenizer(given.get("init_from", ""))
         self.cfg = cfg = stage_config(self.stage, given, self.tok)
         self.seed, self.device = cfg.sample.seed, sample.find_device(cfg.sample.device)
-        self.steps = cfg.settings()[STEPS[self.stage.kind]]
+        settings = cfg.settings()
+        self.steps = settings[STEPS[self.stage.kind]]
         self.seconds, self.skipped, self.rows, self.stopping = 0.0, 0, 0, False
-        self.files = contents(cfg)
-        if "n_layer" in self.stage.settings:  # small models have a base of their own
-            self.files.pop("base", None)
-        self.dir, self.saved = os.path.join(cfg.sample.out_dir, name), {"step": 0}
-        os.makedirs(self.dir, exist_ok=True)
+        self.files = {key: sample.checksum(settings[key]) for key in ("data", "eval_data", "traces")
+                      if os.path.isfile(settings[key])}
+        self.dir, saved = os.path.join(cfg.sample.out_dir, name), {}
         if os.path.exists(self.path("ckpt.pt")):
-            self.saved = load_checkpoint(self.path("ckpt.pt"))
-            self.check_saved(named)
-        trained = self.saved
-        if name == "base" and cfg.train.base and not trained["step"]:
-            trained = load_checkpoint(cfg.train.base)
-        # When it was first trained, and last; what to say if that ended early.
-        self.began, self.ended = self.saved.get("began", time.time()), trained.get("ended", 0.0)
-        self.cut_short = cut_short(trained)
-        self.set_rounding(given)
+            saved = load_checkpoint(self.path("ckpt.pt"))
+        # Of what was trained before: its steps, its settings; when it began, and ended.
+        self.done, self.then = saved.get("step", 0), saved.get("settings", {})
+        self.began, self.ended = saved.get("began", math.inf), saved.get("ended", 0.0)
+        self.set_rounding()
+        if saved:
+            self.check_saved(saved, named)
+        if name == "base" and (cfg.sample.init_from or cfg.train.base):  # trained elsewhere
+            self.steps = self.done
+            if cfg.train.base and not self.done:
+                self.ended = load_checkpoint(cfg.train.base).get("ended", 0.0)
 
-    def check_saved(self, named):
+    def set_rounding(self):
+        """What "auto" means for sampling's dtype. Checkpoints record that, and the library for
+        matrix products: RL moves weights by less than bfloat16 can represent, so a resumed run and
+        all later sampling keep both."""
+        cfg = self.cfg.sample
+        for key in ("sample_dtype", "matmul"):
+            if getattr(cfg, key) == "auto":
+                setattr(cfg, key, self.then.get(key, "auto"))
+        on_folder = cfg.init_from and self.stage.parent in (None, "base")
+        if self.cfg.train.lora_rank and not on_folder:
+            cfg.sample_dtype = "float32"  # that of the frozen weights, see `load`
+        self.sample_dtype = sample.sampling_dtype(cfg)
+        cfg.sample_dtype = str(self.sample_dtype).removeprefix("torch.")
+
+    def check_saved(self, saved, named):
         """Raises UserError if the checkpoint in this folder is from other settings or files."""
-        if "optimizers" not in self.saved or self.saved.get("stage") != self.name:
+        if "optimizers" not in saved or saved.get("stage") != self.name:
             raise UserError(f"{self.path('ckpt.pt')} is not a checkpoint of {self.name}: move it "
                             f"away")
-        keys, then = RESUME_KEYS[self.stage.kind], self.saved.get("settings", {})
-        if not named and self.saved["step"] >= then.get(STEPS[self.stage.kind], math.inf):
+        keys = RESUME_KEYS[self.stage.kind]
+        if not named and self.done >= self.then.get(STEPS[self.stage.kind], math.inf):
             # Finished, and needed only by others: --rl_lr, say, is meant for those.
-            self.steps, keys = self.saved["step"], [key for key in keys if key in INHERITED]
+            self.steps, keys = self.done, [key for key in keys if key in INHERITED]
         if self.cfg.train.base and "n_layer" not in self.stage.settings:  # of another run
             keys = [key for key in keys if key not in READING]
-        refuse_other_settings(self.cfg, self.saved, keys, self.dir,
-                              "delete it or choose another --out_dir")
-        then, settings = self.saved.get("files", {}), self.cfg.settings()
-        other = [settings[key] for key in then if then[key] != self.files.get(key)]
-        if other and self.saved["step"] < self.steps:
-            raise UserError(f"{self.dir} has learnt from other contents of {' and '.join(other)}: "
-                            f"choose another --out_dir")
-        if other := [path for path in other if os.path.exists(path)]:
-            print(f"{self.name}: has learnt from other contents of {' and '.join(other)}")
-
-    def set_rounding(self, given):
-        """Sets the dtype for sampling and the library for matrix products. Checkpoints record what
-        "auto" meant. A resumed run and all later sampling keep that dtype, because RL moves weights
-        by less than bfloat16 can represent."""
-        cfg, then = self.cfg, self.saved.get("settings", {})
-        cfg.sample.sample_dtype = given.get("sample_dtype") or then.get("sample_dtype", "auto")
-        on_folder = cfg.sample.init_from and self.stage.parent in (None, "base")
-        if cfg.train.lora_rank and not on_folder:
-            cfg.sample.sample_dtype = "float32"  # that of the frozen weights, see `load`
-        self.sample_dtype = sample.sampling_dtype(cfg.sample)
-        cfg.sample.sample_dtype = str(self.sample_dtype).removeprefix("torch.")
-        before, now = then.get("sample_dtype"), cfg.sample.sample_dtype
-        if before and before != now:
-            print(f"{self.name}: has sampled in {before}, and now does in {now}")
-        before, now = then.get("matmul", "auto"), cfg.sample.matmul
-        if "auto" not in (before, now) and before != now and self.saved["step"] < self.steps:
-            raise UserError(f"{self.dir} was trained with matmul={before}, which rounds otherwise "
-                            f"than {now}: leave out --matmul or choose another --out_dir")
-        sample.set_up_cpu(cfg.sample, before)
+        advice = "delete it or choose another --out_dir"
+        refuse_other_settings(self.cfg, saved, keys, self.dir, advice)
+        for key, checksum in self.files.items():
+            if saved.get("files", {}).get(key, checksum) != checksum:
+                raise UserError(f"{self.dir} has learnt from other contents of "
+                                f"{self.cfg.settings()[key]}: {advice}")
 
     def path(self, file):
         return os.path.join(self.dir, file)
@@ -368,15 +311,16 @@ class Run:
     def resume(self, model, optimizers, ref=None):
         """Restores the checkpoint -> its step, 0 without one. Removes later steps from the logs,
         since they will be run again."""
-        step = self.saved["step"]
+        step = self.done
         if step:
-            trained = self.saved.get("trained")  # with adapters: beside the weights of the parent
-            model.load_state_dict(trained or self.saved["model"], strict=not trained)
-            for optimizer, state in zip(optimizers, self.saved["optimizers"], strict=True):
+            saved = load_checkpoint(self.path("ckpt.pt"))
+            trained = saved.get("trained")  # with adapters: beside the weights of the parent
+            model.load_state_dict(trained or saved["model"], strict=not trained)
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-            if ref is not None and self.saved["ref"]:
-                ref.load_state_dict(self.saved["ref"])
-            self.seconds = self.saved["seconds"]
+            if ref is not None and saved["ref"]:
+                ref.load_state_dict(saved["ref"])
+            self.seconds = saved["seconds"]
             print(f"{self.name}: resuming at step {step}")
         for path in self.path("metrics.jsonl"), self.path("rollouts.jsonl"):
             if os.path.exists(path):
@@ -385,7 +329,6 @@ class Run:
         with open(self.path("metrics.jsonl"), "ab") as f:
             self.log_size = f.tell()
         handle_ctrl_c(self.stop_after_step)  # until now Ctrl-C ended the run at once
-        self.saved = {"step": step}  # the rest is in use now, and large
         return step
 
     def load(self, stage, cls=GPT):
@@ -618,7 +561,7 @@ def train_sft(run, filters, rank=None, replies=0):
     """Fine-tunes the parent's model on rejection-sampled completions of the source stage and on
     scripted replies. sft.jsonl holds both, for people and for a run that is resumed."""
     cfg, source, path = run.cfg, run.stage.source, run.path("sft.jsonl")
-    if not run.saved["step"] or not os.path.exists(path):
+    if not run.done or not os.path.exists(path):
         problems, texts = source_samples(run)
         chosen = {name: FILTERS[name] for name in filters}
         rows, passed = sample.rejection_sample(problems, texts, chosen, rank)
@@ -693,7 +636,7 @@ def scripted_replies(run, n):
 def train_reward_model(run):
     """Learns which of two of dev3's answers the simulated annotators preferred, not why."""
     cfg, path = run.cfg, run.path("pairs.jsonl")
-    if not run.saved["step"] or not os.path.exists(path):
+    if not run.done or not os.path.exists(path):
         write_lines(path, annotate(run, held_out=False) + annotate(run, held_out=True))
     with reading(path, f"what {run.name} writes; delete it to make it again"):
         pairs = [pair for pair in read_lines(path) if not pair["held_out"]]
@@ -780,7 +723,7 @@ SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16
 SHORT_RL = {"rl_steps": 30}
 ALL_SCENARIOS = {"mix": "task:2,chat:1,unsafe:1", "w_language": 0.5, "w_preference": 0.5,
                  "w_harmless": 2.0, "rl_decay": 0.0}
-STAGES = {  # in the paper's order: whatever a stage needs is above it. Numbers: by trial and error
+STAGES = {  # whatever a stage needs is above it; numbers were found by trial and error
     "base": Stage(train_base, "base", None, None, {}),
     "sft": Stage(train_traces, "sft", "base", None, {}),
     "zero": Stage(train_rl, "rl", "base", None, {}),  # RewardConfig's own: accuracy, format
@@ -836,111 +779,88 @@ def has_dev3(stage):
     return stage in STAGES and "dev3" in resolve_dependencies([stage])
 
 
-def useful_weights(cfg):
-    """The reward weights that are not 0 and apply to some task that RL draws from."""
-    drawn = [data.Problem(task, "", (), "") for task in cfg.data.shares()]
-    return {key for key in names(RewardConfig) if getattr(cfg.rewards, key)
-            and any(rewards.applies(key.removeprefix("w_"), problem) for problem in drawn)}
-
-
-NEEDS = {"lora_alpha": "lora_rank", "question_key": "data", "answer_key": "data"}
-
-
-def check_stages(stages, words, given):
-    """Raises UserError, before hours of training, if one of them will not run; `words`: those that
-    the command line names."""
-    folder, traces = given.get("init_from", ""), given.get("traces")
+def plan(words, given):
+    """{stage: its Run} of the stages that the command line names, `words`, and of all that these
+    need, in the order in which they run. Raises UserError, before hours of training, if one of them
+    will not run."""
+    stages, runs, folder = resolve_dependencies(words, given), {}, given.get("init_from", "")
     toy = [name for name in stages if name not in REAL_STAGES]
     if folder and toy:
         raise UserError(f"--init_from is for {', '.join(REAL_STAGES)}; {', '.join(toy)} need the "
                         f"toy's small base or its general requests")
-    if "sft" in stages and not traces:
+    if "sft" in stages and not given.get("traces"):
         raise UserError("sft needs --traces=FILE.jsonl")
-    tok, out_dir = data.load_tokenizer(folder), given.get("out_dir", SampleConfig.out_dir)
-    judge, will_be_trained = os.path.join(out_dir, "reward_model", "ckpt.pt"), set()
-    # Flags that may do nothing: those that a stage was not trained with before.
-    default = Config().settings()
-    idle = {key for key in given if given[key] != default.get(key)}
-    for i, name in enumerate(stages):
-        stage = stage_of(name, given)
-        cfg = stage_config(stage, given, tok)
-        longest_prompt(cfg, tok)
-        if name == "sft":
-            data.read_traces(traces, tok, cfg.data)
-        saved = os.path.exists(os.path.join(out_dir, name, "ckpt.pt"))
-        if saved:
-            with redirect_stdout(None):  # raises if it was trained with other settings
-                run = Run(name, given, name in words)
-            for other in {stage.parent, stage.source} & will_be_trained:
-                raise grew_from_earlier(other, run)
-            then = run.saved.get("settings", {})
-            idle = {key for key in idle if given[key] != then.get(key)}
-        elsewhere = name == "base" and (folder or cfg.train.base)
-        if not elsewhere and not (saved and run.saved["step"] >= run.steps):
-            will_be_trained.add(name)
-        if stage.kind == "rl":
-            useful = useful_weights(cfg)
-            idle -= useful
-            if not useful and name in will_be_trained:
-                raise UserError(f"{name}: no reward with a weight judges "
-                                f"{', '.join(cfg.data.shares())}: see --w_format, or --mix")
-        if stage.kind == "rl" and judged(cfg) and "reward_model" not in stages[:i]:
-            fault = ", which is not there"
-            if os.path.exists(judge):
-                fault = cut_short(load_checkpoint(judge))
-            if fault:
-                raise UserError(f"{name}: w_preference needs a reward model, {judge}{fault}: "
-                                f"train.py reward_model makes it")
-    for key in idle:
-        if key in NEEDS and not given.get(NEEDS[key]):
-            raise UserError(f"--{key} does nothing without --{NEEDS[key]}")
-        if key in names(RewardConfig) and given[key] and any(
-                STAGES[name].kind == "rl" for name in stages):
-            raise UserError(f"--{key} does nothing: no stage draws problems that it judges (see "
-                            f"--mix)")
+    for name in stages:
+        run = runs[name] = Run(name, given, name in words)
+        if run.done < run.steps:
+            run.ended = math.inf  # it will be trained
+            if run.stage.kind == "rl":
+                check_rewards(run, "reward_model" in runs)
+        for other in (run.stage.parent, run.stage.source):
+            if run.done and other in runs and runs[other].ended > run.began:
+                raise UserError(f"{run.dir} grew from an earlier {other}: delete it and the stages "
+                                f"after it, or choose another --out_dir")
+    cfg, tok = run.cfg, run.tok
+    data.leave_out_long(cfg.data, tok, cfg.model.context - cfg.grpo.max_new_tokens)
+    longest_prompt(cfg, tok)
+    if "sft" in stages:
+        data.read_traces(cfg.train.traces, tok, cfg.data)
+    return runs
 
 
-def grew_from_earlier(other, run):
-    """The error to raise if a stage's parent or source is newer than itself."""
-    return UserError(f"{run.dir} grew from an earlier {other}: delete it and the stages after it, "
-                     f"or choose another --out_dir")
+def check_rewards(run, has_judge):
+    """Raises UserError if no reward judges what a stage will draw, or no reward model can."""
+    drawn = [data.Problem(task, "", (), "") for task in run.cfg.data.shares()]
+    if not any(weight and rewards.applies(key.removeprefix("w_"), problem)
+               for key, weight in vars(run.cfg.rewards).items() for problem in drawn):
+        raise UserError(f"{run.name}: no reward with a weight judges "
+                        f"{', '.join(run.cfg.data.shares())}: see --w_accuracy, --w_format, --mix")
+    judge = os.path.join(run.cfg.sample.out_dir, "reward_model", "ckpt.pt")
+    if judged(run.cfg) and not has_judge and not os.path.exists(judge):
+        raise UserError(f"{run.name}: w_preference needs a reward model, {judge}: train.py "
+                        f"reward_model makes it")
 
 
-def adopt_base(run):
-    """Takes over a base that was trained elsewhere, with evaluations that apply -> its origin."""
+def use_base(run):
+    """Takes over a base that was trained elsewhere, with evaluations that apply -> its path."""
     base, folder, settings = run.cfg.train.base, run.cfg.sample.init_from, run.cfg.settings()
-    print(f"base: {folder or base}{run.cut_short}")
-    if not run.cfg.train.traces:  # with them RL starts from other weights
-        print_memory(run)
-    origin = [os.path.realpath(folder or base), run.files["init_from" if folder else "base"]]
-    if folder:
-        return origin
-    if run.saved["step"] and not os.path.samefile(base, run.path("ckpt.pt")):
+    if base and run.done and not os.path.samefile(base, run.path("ckpt.pt")):
         raise UserError(f"{run.dir} holds a base that was trained here: leave out --base or choose "
                         f"another --out_dir")
-    known = {task: {**found, "settings": sample.eval_settings(settings, origin)}
-             for task, found in read_results(sample.results_folder(base)).items()
-             if task in data.TASKS and found.get("settings") == sample.eval_settings(settings)}
-    write_json(run.path("eval.json"), read_results(run.dir) | known)
+    print(f"base: {folder or base}")
+    if not run.cfg.train.traces:  # with them RL starts from other weights
+        print_memory(run)
+    origin = os.path.realpath(folder or base)
+    if base:
+        known = {task: {**found, "settings": sample.eval_settings(settings, origin)}
+                 for task, found in read_results(sample.results_folder(base)).items()
+                 if task in data.TASKS and found.get("settings") == sample.eval_settings(settings)}
+        write_json(run.path("eval.json"), {**read_results(run.dir), **known})
     return origin
 
 
-def run_stage(name, given, named=True, earlier=None):
-    """Trains and evaluates a stage unless that is done -> its Run. Raises UserError if one of the
-    `earlier` stages {name: Run} that it grew from was trained again, or on, since then."""
-    run, origin = Run(name, given, named), None
-    for other in (run.stage.parent, run.stage.source):
-        if other in (earlier or {}) and earlier[other].ended > run.began:
-            raise grew_from_earlier(other, run)
-    now = run.cfg.settings()
-    then = {**now, **run.saved.get("settings", {})}
+def is_evaluated(run, origin):
+    """Whether there is a full evaluation (only these have greedy answers) of all tasks, with the
+    current settings or those of training."""
+    found, now = read_results(run.dir), run.cfg.settings()
+    same = [sample.eval_settings(settings, origin) for settings in (now, {**now, **run.then})]
+    return all("pass@1_greedy" in found.get(task, {}) and found[task].get("settings") in same
+               for task in run.cfg.data.tasks())
+
+
+def run_stage(run):
+    """Trains and evaluates a stage unless that is done."""
+    name, origin = run.name, None
+    os.makedirs(run.dir, exist_ok=True)
+    sample.set_up_cpu(run.cfg.sample)
     if name == "base" and (run.cfg.sample.init_from or run.cfg.train.base):
-        origin = adopt_base(run)
-    elif run.saved["step"] >= run.steps:
-        print(f"{name}: done ({run.path('ckpt.pt')}, {run.saved['step']} steps{run.cut_short})")
-        run.saved = {"step": run.saved["step"]}  # the rest is large
+        origin = use_base(run)
+    elif run.done >= run.steps:
+        print(f"{name}: done ({run.path('ckpt.pt')}, {run.done} steps)")
     else:
         print(f"{name}: {run.steps} steps on {run.device}, into {run.dir}")
+        if not run.done:
+            run.began = time.time()
         for file in ("eval.json", "samples.jsonl"):  # left by a run of fewer steps
             with suppress(FileNotFoundError):
                 os.remove(run.path(file))
@@ -951,19 +871,13 @@ def run_stage(name, given, named=True, earlier=None):
         finally:
             handle_ctrl_c(signal.default_int_handler)
         plot_curves(run.dir)
-    found = read_results(run.dir)
-    # Evaluate unless there is a full evaluation (only these have greedy answers) with the current
-    # settings or those of training.
-    same = [sample.eval_settings(settings, origin) for settings in (now, then)]
     if name == "reward_model":
-        if "pairs" not in found:
+        if not read_results(run.dir):
             evaluate_reward_model(run, run.load(name, RewardModel))
-    elif not all("pass@1_greedy" in found.get(task, {}) and found[task].get("settings") in same
-                 for task in run.cfg.data.tasks()):
+    elif not is_evaluated(run, origin):
         model = run.load(name)  # as saved: adapters are merged
         sample.evaluate_tasks(model, run.tok, run.settings_for(name), run.dir, origin,
                               has_dev3(name))
-    return run
 
 
 def memory_plan(cfg, prompt_len, device, shared_len=0):
@@ -1065,13 +979,6 @@ def print_tables(results, tasks):
                 "pass@1_untagged", "format", "one_language", "length", "truncated"]
         print_table(f"{task}: {most} held-out problems, {k} samples of each", rows,
                     {HEADINGS.get(key, key): (task, key) for key in keys})
-        own = {stage: {key: value for key, value in found[task].get("settings", {}).items()
-                       if key not in ("eval_problems", "origin")}
-               for stage, found in rows.items()}
-        if any(settings != own[min(own)] for settings in own.values()):  # not to be compared
-            for stage, settings in own.items():
-                shown = ", ".join(f"{key}={value}" for key, value in settings.items())
-                print(f"{stage}: evaluated with {shown or 'the default settings'}")
     others = {t: (t, "pass@1") for t in data.TASKS
               if t not in tasks and any(t in r for r in results.values())}
     if others:
@@ -1146,18 +1053,14 @@ def run_eval(given):
     path, model, tok, cfg = sample.open_checkpoint(given)
     origin, stage, out_dir = None, None, cfg.sample.out_dir
     if os.path.isdir(path):  # a model as it came is the base of what lies in out_dir
-        origin, folder = [os.path.realpath(path), weights_checksum(path)], f"{out_dir}/base"
-        known = [found.get("settings", {}).get("origin") for found in read_results(folder).values()]
-        grown = [name for name in STAGES if os.path.exists(f"{out_dir}/{name}/ckpt.pt")]
-        other = any(one and one[1] != origin[1] for one in known)
-        if "base" in grown or grown and other:
-            raise UserError(f"{out_dir} holds {', '.join(grown)}, which did not grow from {path}: "
-                            f"choose another --out_dir")
+        origin, folder = os.path.realpath(path), os.path.join(out_dir, "base")
+        if os.path.exists(os.path.join(folder, "ckpt.pt")):
+            raise UserError(f"{folder} holds another base: choose another --out_dir")
     else:
         stage, folder = load_checkpoint(path).get("stage"), sample.results_folder(path)
         inside = os.path.join(os.path.realpath(out_dir), "")
         if "out_dir" in given and not os.path.realpath(path).startswith(inside):
-            origin, folder = [os.path.realpath(path), weights_checksum(path)], out_dir
+            origin, folder = os.path.realpath(path), out_dir
     sample.evaluate_tasks(model, tok, cfg, folder, origin, has_dev3(stage))
     print_tables({folder or path: read_results(folder)}, cfg.data.tasks())
 
@@ -1240,13 +1143,11 @@ def run_command_line(words, given):
             raise UserError("--ckpt is for `eval` and `export`; to train on from a base: --base")
         if given.get("export_dir"):
             raise UserError("--export_dir is for `export`")
-        stages = resolve_dependencies(words, given)
-        check_stages(stages, words, given)
+        runs = plan(words, given)
         if given.get("init_from"):
             return_memory()
-        runs = {}
-        for name in stages:
-            run = runs[name] = run_stage(name, given, name in words, runs)
+        for run in runs.values():
+            run_stage(run)
         results = all_results(run.cfg.sample.out_dir)
         print_tables(results, run.cfg.data.tasks())
         print_next(run, results, given)

@@ -86,7 +86,7 @@ def test_shuffling_changes_what_is_learnt_and_nothing_before(finished):
     assert first["reward"] == pytest.approx(other["reward"]) and first["length"] == other["length"]
     assert report["shuffled"]["countdown"] == on_countdown(folder)
     [(_, _, figures, holds)] = evidence_rows([{"shuffle": report}])
-    assert figures.startswith("0.0 → 0.0, tags left aside 0.0 → 0.0, length") and holds == "yes"
+    assert figures.startswith("0.0 → 0.0, tags ignored 0.0 → 0.0, length") and holds == "yes"
 
 
 # ------------------------------------------------------------------------------------- many samples
@@ -96,16 +96,16 @@ def test_pass_at_k_rises_with_k_and_begins_with_the_mean(finished, monkeypatch):
     monkeypatch.setattr(rewards, "is_right", lambda problem, text: len(text) % 3 == 0)
     monkeypatch.setattr(rewards, "is_right_untagged", lambda problem, text: len(text) % 3 < 2)
     report = found(finished, "passk", "--samples=40")
-    assert set(report["pass@k"]["countdown"]) == {"base", "base, tags left aside", "zero"}
+    assert set(report["pass@k"]["countdown"]) == {"base", "base, tags ignored", "zero"}
     for name, curve in report["pass@k"]["countdown"].items():
         right = report["right"]["countdown"][name]
         assert list(curve) == ["1", "2", "4", "8", "16", "32"] and len(right) == 3
         assert list(curve.values()) == sorted(curve.values())
         assert 0 < curve["1"] < 1 and curve["1"] == pytest.approx(sum(right) / 120)
-    points = {"base, tags left aside": {"1": 0.3, "2": 0.5, "4": 0.8, "8": 0.99, "16": 1.0},
+    points = {"base, tags ignored": {"1": 0.3, "2": 0.5, "4": 0.8, "8": 0.99, "16": 1.0},
               "zero": {"1": 0.9, "2": 0.95, "4": 0.99, "8": 1.0, "16": 1.0}}
     for base_at_4, k, verdict in ((0.8, "8", "yes"), (0.99, "4", "**no**: a (fails in 1 of 1)")):
-        points["base, tags left aside"]["4"] = base_at_4
+        points["base, tags ignored"]["4"] = base_at_4
         few, best = evidence_rows([{"passk": {"tasks": ["a"], "pass@k": {"a": points}}}])
         assert few[2:] == [
             f"pass@4 of base {100 * base_at_4:.1f}, of zero 99.0 %; the base is within a point of "
@@ -125,9 +125,9 @@ def test_cooler_samples_are_those_of_an_evaluation_at_that_temperature(finished,
     report = found(finished, "cooler", "--samples=2")
     assert asked == 2 * [1.0, 0.6, 0.3, 0.1, 0.05]
     curves = report["cooler"]["countdown"]
-    assert list(curves) == ["base", "base, tags left aside", "zero"]
+    assert list(curves) == ["base", "base, tags ignored", "zero"]
     curves = {"base": {"1.0": 0.1, "0.05": 0.0}, "zero": {"1.0": 0.9, "0.05": 1.0},
-              "base, tags left aside": {"1.0": 0.4, "0.05": 0.95}}
+              "base, tags ignored": {"1.0": 0.4, "0.05": 0.95}}
     likely, more = evidence_rows([{"cooler": {"tasks": ["a"], "cooler": {"a": curves}}}])
     assert likely[2:] == ["40.0 → 95.0, tags demanded 10.0 → 0.0", "yes"]
     assert more[2:] == ["zero 90.0, base 95.0 %", "**no**: a (fails in 1 of 1)"]

@@ -413,6 +413,16 @@ def test_a_model_with_broken_weights_is_refused(tiny):
         generate(tiny, [[5, 6]], 2, max_new_tokens=8)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_token_that_makes_the_logits_nan_while_sampling_is_reported_too(static):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=7, n_layer=1, n_embd=16, n_head=2, head_dim=8, tied=False))
+    with torch.no_grad():
+        model.embed.weight[5] = math.nan  # not in the prompt, but sampled soon
+    with pytest.raises(UserError, match="not finite"):
+        generate(model, [[1, 2]], 8, max_new_tokens=6, static=static)
+
+
 def test_temperature_zero_takes_the_likeliest_token(tiny):
     a, b = generate(tiny, [[5, 6]], 2, max_new_tokens=8, temperature=0, generator=seeded())
     assert a.ids[0] == tiny(torch.tensor([[5, 6]]))[0, -1].argmax()

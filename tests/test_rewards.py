@@ -14,7 +14,7 @@ import data
 import rewards
 from data import REFUSAL, DataConfig, Problem, code_problem, countdown_problem, load_tokenizer
 from grpo import Sample
-from model import GPTConfig, UserError, validate
+from model import GPTConfig, UserError
 from rewards import (
     Environment,
     RewardConfig,
@@ -496,6 +496,8 @@ def test_japanese_is_one_language_in_two_scripts():
     japanese, chinese, english = "\u6700\u521d\u306f", "\u6700\u521d", "first"
     assert [one_language(question, f"<think>{text}</think>{GOOD}")
             for text in (japanese, chinese, f"{japanese} {english}", english)] == [1, 1, 2 / 3, 0]
+    asked = data.Problem("file", "\u4eba\u3005\u306e\u6570", (), "1")  # 々, a sign that repeats
+    assert one_language(asked, f"<think>\u4eba\u3005 \u3007</think>{GOOD}") == 1
     asked = data.Problem("file", "\u7b54\u6848", (), "1")  # Chinese: kana is another language
     assert one_language(asked, f"<think>{japanese}</think>{GOOD}") == 1 / 2
 
@@ -574,12 +576,6 @@ def test_the_total_is_the_weighted_sum_and_every_part_is_shown():
     assert totals == [1.0] and parts[0]["language"] == 0.5
 
 
-def test_some_reward_must_have_a_weight():
-    with pytest.raises(UserError, match="w_accuracy"):
-        validate(RewardConfig(w_accuracy=0, w_format=0))
-    validate(RewardConfig(w_accuracy=0, w_format=0, w_emoji=-1))
-
-
 def test_each_problem_is_judged_by_the_rewards_that_apply_to_it():
     def preference(problems, texts):
         return [10.0 * p.question.startswith("repeat") for p in problems]
@@ -609,31 +605,16 @@ def gives(value):
     return lambda problems, texts: [1.0 if text == "good" else value for text in texts]
 
 
-def raises(problems, texts):
-    return [1.0 / (text == "good") for text in texts]
-
-
-def leaves_out(problems, texts):
-    return [1.0 for text in texts if text == "good"]
-
-
-def returns_none(problems, texts):
-    return None if "bad" in texts else [1.0]
-
-
-@pytest.mark.parametrize("reward, fault", [
-    (raises, "raised ZeroDivisionError"), (returns_none, "raised TypeError"),
-    (leaves_out, "returned 0 values"), (gives(math.nan), "returned nan"),
-    (gives(math.inf), "returned inf"), (gives(None), "returned None"),
-    (gives("1"), "returned '1'")])
-def test_a_faulty_reward_is_named_with_the_problem_and_the_completion(monkeypatch, reward, fault):
-    monkeypatch.setitem(rewards.REWARDS, "format", reward)
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "1"])
+def test_a_reward_that_is_no_finite_number_is_named_with_its_completion(monkeypatch, value):
+    monkeypatch.setitem(rewards.REWARDS, "format", gives(value))
     problems, texts = [ARITHMETIC, PROBLEM, ARITHMETIC], ["good", "bad", "good"]
-    with pytest.raises(UserError, match=f"'format' {fault}.*make 20 from 2, 3 and 7.*'bad'"):
+    fault = f"'format' returned {value!r} for.*make 20 from 2, 3 and 7.*'bad'"
+    with pytest.raises(UserError, match=fault):
         score(problems, texts, RewardConfig())
 
 
-def test_a_reward_that_is_only_wrong_about_several_completions_is_named_too(monkeypatch):
+def test_a_reward_must_return_a_number_for_each_completion(monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "format", lambda problems, texts: [1.0])
     with pytest.raises(UserError, match="'format' returned 1 values for 2 completions"):
         score([PROBLEM] * 2, ["a", "b"], RewardConfig())

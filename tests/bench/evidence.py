@@ -59,11 +59,8 @@ def told(given):
     out_dir = given["out_dir"]
     then = load_checkpoint(os.path.join(out_dir, "zero", "ckpt.pt"))["settings"]
     base = then.get("base") or os.path.join(out_dir, "base", "ckpt.pt")
-    useful = train.useful_weights(train.Config.of(then))
-    idle = {*(f.name for f in fields(rewards.RewardConfig)), "export_dir"} - useful
-    idle |= {key for key, other in train.NEEDS.items() if not then.get(other)}
-    then = {key: value for key, value in then.items() if key not in idle or not value}
-    return {**then, "device": "auto", "threads": 0, "eval_every": 0, "base": base, **given}
+    return {**then, "device": "auto", "threads": 0, "eval_every": 0, "base": base,
+            "export_dir": "", **given}
 
 
 def tasks_of(settings):
@@ -168,7 +165,7 @@ def unread(args, given, path):
 
 
 def count_right(model, tok, problems, n, cfg, name):
-    """How many of n samples of each problem are right: with tags, and with tags left aside."""
+    """How many of n samples of each problem are right: with tags, and with tags ignored."""
     right, untagged = [0] * len(problems), [0] * len(problems)
     for start in range(0, n, 32):  # fewer at a time would be slower, and all take much memory
         k = min(32, n - start)
@@ -178,7 +175,7 @@ def count_right(model, tok, problems, n, cfg, name):
                 f"{name}, {start} of {n} samples")):
             right[i // k] += rewards.is_right(problem, text)
             untagged[i // k] += rewards.is_right_untagged(problem, text)
-    return {name: right, f"{name}, tags left aside": untagged}
+    return {name: right, f"{name}, tags ignored": untagged}
 
 
 def doubling(n):
@@ -186,7 +183,7 @@ def doubling(n):
 
 
 def passk(args, given, path):
-    """pass@k of base, with tags and with tags left aside, and of zero."""
+    """pass@k of base, with tags and with tags ignored, and of zero."""
     (tok, cfg, models), n = open_run(given, ("base", "zero")), args.samples or 256
     found = {"tasks": list(cfg.data.tasks()), "samples": n, "pass@k": {}, "right": {}}
     for task in found["tasks"]:
@@ -195,7 +192,7 @@ def passk(args, given, path):
             counts |= count_right(model, tok, problems, n, cfg, stage)
         curves = {name: {k: sum(sample.pass_at_k(n, c, k) for c in right) / len(right)
                          for k in doubling(n)} for name, right in counts.items()}
-        del curves["zero, tags left aside"]  # next to zero's own
+        del curves["zero, tags ignored"]  # next to zero's own
         found["pass@k"][task], found["right"][task] = curves, counts
     return found
 
@@ -211,9 +208,9 @@ def cooler(args, given, path):
             for temperature in (1.0, 0.6, 0.3, 0.1, 0.05):
                 metrics, _ = sample.evaluate(model, tok, problems, k, cfg, temperature)
                 curves.setdefault(stage, {})[temperature] = metrics["pass@1"]
-                curves.setdefault(f"{stage}, tags left aside", {})[temperature] = metrics[
+                curves.setdefault(f"{stage}, tags ignored", {})[temperature] = metrics[
                     "pass@1_untagged"]
-        del curves["zero, tags left aside"]  # next to zero's own
+        del curves["zero, tags ignored"]  # next to zero's own
         found["cooler"][task] = curves
     return found
 

@@ -334,7 +334,7 @@ def interval(found):
 
 
 def now_table(runs):
-    head = ["run", "base pass@1 (tags left aside), pass@16", "zero pass@1", "T = 0.6", "greedy",
+    head = ["run", "base pass@1 (tags ignored), pass@16", "zero pass@1", "T = 0.6", "greedy",
             "pass@16", "cons@16", "length", "completions that mix languages"]
     rows = []
     for name, stages in runs.items():
@@ -448,12 +448,12 @@ def claims(results):
          and main(s, "zero_emoji") >= main(s, "zero") - 0.03
          and main(s, "base") == main(s, "zero's base")],
         ["one model learns countdown / arithmetic / logic / code by RL: in each its 95 % interval "
-         "lies above that of the base, and above the base's pass@1 with tags left aside", recipe,
-         lambda of: f"base {four(of, 'base')}, tags left aside "
+         "lies above that of the base, and above the base's pass@1 with tags ignored", recipe,
+         lambda of: f"base {four(of, 'base')}, tags ignored "
          f"{four(of, 'base', 'pass@1_untagged')}, zero {four(of, 'zero')} %",
          lambda s: all(gains(s, task) for task in data.REASONING)],
         ["RL on arithmetic, logic and code helps countdown, which the base has read of and RL "
-         "never draws (but sums of the same numbers): pass@1, tags left aside, is 1.5 times the "
+         "never draws (but sums of the same numbers): pass@1, tags ignored, is 1.5 times the "
          "base's or more", three,
          lambda of: f"{get(of, 'base', 'pass@1_untagged')} → "
          f"{get(of, 'zero', 'pass@1_untagged')} %",
@@ -552,9 +552,9 @@ def small_models(runs, task):
 
 
 def one_and_best(run, task):
-    """pass@1 of zero, and pass@16 of its base, tags left aside (with fewer samples that of all)."""
+    """pass@1 of zero, and pass@16 of its base, tags ignored (with fewer samples that of all)."""
     curves = run["pass@k"][task]
-    base = list(curves["base, tags left aside"].values())
+    base = list(curves["base, tags ignored"].values())
     return curves["zero"]["1"], base[:5][-1]  # k = 1, 2, 4, 8, 16
 
 
@@ -566,7 +566,7 @@ def best_of(runs, task):
 def meeting(runs, task):
     """pass@4 of both, and from which k on the base is within a point of zero."""
     found, curves = [], [run["pass@k"][task] for run in runs]
-    bases, zeros = ([of[name] for of in curves] for name in ("base, tags left aside", "zero"))
+    bases, zeros = ([of[name] for of in curves] for name in ("base, tags ignored", "zero"))
     for base, zero in zip(bases, zeros, strict=True):
         found.append(next((k for k in base if base[k] >= zero[k] - 0.01), "none"))
     base, zero = (by_seed([of["4"] for of in curve]) for curve in (bases, zeros))
@@ -585,9 +585,9 @@ def ends(key, curve):
 
 
 def at_its_best(run, task):
-    """pass@1 of zero at T = 1, and of its base, tags left aside, at its best temperature."""
+    """pass@1 of zero at T = 1, and of its base, tags ignored, at its best temperature."""
     curves = run["cooler"][task]
-    return curves["zero"]["1.0"], max(curves["base, tags left aside"].values())
+    return curves["zero"]["1.0"], max(curves["base, tags ignored"].values())
 
 
 def beside_the_best(runs, task):
@@ -598,11 +598,11 @@ def beside_the_best(runs, task):
 EVIDENCE = [  # command, claim, its figures, its check of a run and task: as strong as the words
     ("shuffle", "rewards shuffled within each group, for as many steps: pass@1 does not rise above "
      "the base's, with tags or without",
-     both(both(change("shuffled"), "tags left aside", change("shuffled", "pass@1_untagged")),
+     both(both(change("shuffled"), "tags ignored", change("shuffled", "pass@1_untagged")),
           "length, which shows nothing by itself,", change("shuffled", "length", whole)),
      lambda run, t: as_long(run) and all(run["shuffled"][t][key] <= run["base"][t][key]
                                          for key in ("pass@1", "pass@1_untagged"))),
-    ("alone", "format reward alone: tags in 95 % or more, and right answers, tags left aside, fall "
+    ("alone", "format reward alone: tags in 95 % or more, and right answers, tags ignored, fall "
      "by half or more",
      both(change("format_alone", "pass@1_untagged"), "tags", change("format_alone", "format")),
      lambda run, t: as_long(run) and run["format_alone"][t]["format"] >= 0.95
@@ -617,9 +617,9 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
      and run["undivided"][t]["length"] >= 1.5 * run["base"][t]["length"]),
     ("passk", "pass@1, @2 and @4 of zero, tags demanded, are above those of its base, tags left "
      "aside", meeting,
-     lambda run, t: all(run["pass@k"][t]["zero"][k] > run["pass@k"][t]["base, tags left aside"][k]
+     lambda run, t: all(run["pass@k"][t]["zero"][k] > run["pass@k"][t]["base, tags ignored"][k]
                         for k in "124")),
-    ("passk", "pass@1 of zero, tags demanded, is above pass@16 of its base, tags left aside",
+    ("passk", "pass@1 of zero, tags demanded, is above pass@16 of its base, tags ignored",
      best_of,
      lambda run, t: operator.gt(*one_and_best(run, t))),
     ("budget", "the answer comes from the search: closed by force after 8, 16, 32, ... 256 tokens, "
@@ -628,11 +628,11 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
      points_of("budget", "zero"),
      lambda run, t: rises(run["budget"][t]["zero"].values(), 0.01, 0.8)),
     ("cooler", "much of the skill is in the base's likeliest continuations (80 % right or more at "
-     "T = 0.05, tags left aside; threshold set after seed 1)",
-     both(ends("cooler", "base, tags left aside"), "tags demanded", ends("cooler", "base")),
-     lambda run, t: run["cooler"][t]["base, tags left aside"]["0.05"] >= 0.8),
+     "T = 0.05, tags ignored; threshold set after seed 1)",
+     both(ends("cooler", "base, tags ignored"), "tags demanded", ends("cooler", "base")),
+     lambda run, t: run["cooler"][t]["base, tags ignored"]["0.05"] >= 0.8),
     ("cooler", "what RL adds is more than a lower temperature: at T = 1 zero, tags demanded, is "
-     "right more often than the base at any of T = 1, 0.6, 0.3, 0.1, 0.05, tags left aside (0.05 "
+     "right more often than the base at any of T = 1, 0.6, 0.3, 0.1, 0.05, tags ignored (0.05 "
      "is its best)",
      beside_the_best,
      lambda run, t: operator.gt(*at_its_best(run, t))),
