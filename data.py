@@ -1141,7 +1141,7 @@ def count_habits(text, cfg):
     return countdown_problem(numbers, target), {
         "right": right, "all tags": tags, "right with all tags": right and tags,
         "check results": checks, "tags and checks": tags and checks,
-        "18 misses or more": patient, "these with tags": tags and patient}
+        "18 misses or more": patient, "18 misses and tags": tags and patient}
 
 
 def main(task="countdown"):

@@ -507,7 +507,6 @@ def judged(cfg):
 def train_rl(run):
     """GRPO on the parent's model. R1-Zero is that on the base, with only rules as rewards."""
     cfg, ref, judge = run.cfg, None, None
-    print_memory(run)
     policy = run.load(run.stage.parent)
     if cfg.grpo.kl_coef:
         if cfg.train.lora_rank:
@@ -828,8 +827,6 @@ def use_base(run):
         raise UserError(f"{run.dir} holds a base that was trained here: leave out --base or choose "
                         f"another --out_dir")
     print(f"base: {folder or base}")
-    if not run.cfg.train.traces:  # with them RL starts from other weights
-        print_memory(run)
     origin = os.path.realpath(folder or base)
     if base:
         known = {task: {**found, "settings": sample.eval_settings(settings, origin)}
@@ -1146,6 +1143,9 @@ def run_command_line(words, given):
         runs = plan(words, given)
         if given.get("init_from"):
             return_memory()
+        rl = [run for run in runs.values() if run.stage.kind == "rl" and run.done < run.steps]
+        if rl:
+            print_memory(rl[0])  # later ones take no more
         for run in runs.values():
             run_stage(run)
         results = all_results(run.cfg.sample.out_dir)

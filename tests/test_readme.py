@@ -115,7 +115,7 @@ def test_the_figures_in_the_readmes_prose_are_in_the_results_file():
     shuffled = [of["shuffle"] for of in found["evidence"].values() if "shuffle" in of]
     spans = [results.span([of[stage]["countdown"][key] for of in shuffled]) for stage, key in (
         ("shuffled", "pass@1"), ("base", "pass@1_untagged"), ("shuffled", "pass@1_untagged"))]
-    said = "({} %; with the tags ignored it falls from {} to {} %)".format(*spans)
+    said = "({} %; with the tags ignored accuracy falls from {} to {} %)".format(*spans)
     assert said in prose
     habits = [results.span([run["stages"][stage]["countdown"]["all_habits"] for name, run
                             in found["runs"].items() if name.startswith("seed")])
@@ -136,11 +136,17 @@ def test_what_the_readme_says_of_r1_and_of_distillation_is_in_the_results_file()
     found, prose = json.loads(source("assets/results.json")), " ".join(README.split())
     recipe = results.named(found["runs"], "all tasks").values()
     wins = results.span([stages["r1"]["win_rate"]["gold"] for stages in recipe])
-    assert f"`gold_reward` prefers {wins} %" in prose
+    assert f"`gold_reward` prefers r1's answer in {wins} %" in prose
     pairs = [(stages["distill"][task], stages["small_zero"][task]) for stages in recipe
              if "distill" in stages for task in data.REASONING]
     ahead = [100 * (distill["pass@1"] - rl["pass@1"]) for distill, rl in pairs]
     assert f"by {min(ahead):.0f} to {max(ahead):.0f} points" in prose and min(ahead) > 0
+    greedy = [distill["pass@1_greedy"] - rl["pass@1_greedy"] for distill, rl in pairs]
+    assert sum(x < 0 for x in greedy) == 3 and "greedily RL wins three of the twelve" in prose
+    mixing = [[stages[stage]["countdown"]["mixes"] for stages in recipe]
+              for stage in ("zero", "dev2")]
+    before, after = (f"{100 * min(xs):.0f}–{100 * max(xs):.0f}" for xs in mixing)
+    assert f"cut mixing from {before} % of countdown completions to {after} %" in prose
     overlap = [distill["pass@1_ci"][0] <= rl["pass@1_ci"][1] for distill, rl in pairs]
     assert (overlap.count(True), len(pairs)) == (5, 12) and "in five of twelve cases" in prose
     held = [row[3] == "yes" for row in results.claims(found)[1:]]

@@ -366,7 +366,7 @@ def missed(rows):
             others.append([claim.split(": ")[0], f"{seeds} seeds{where or ''}"])
     held = (f"{len(rows) - len(others)} of the {len(rows)} claims hold in each seed that they were "
             f"run in, three or five. These do not:")
-    return f"{held}\n\n{table(['claim', 'fails in'], others)}"
+    return f"{held}\n\n{table(['claim', 'fails in (tasks: in any of these)'], others)}"
 
 
 def claims(results):
