@@ -495,7 +495,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
             with no_grad():
                 logits = model.head(model.trunk(token[:, None], position, caches, mask)[:, -1])
 
-    if not new_logp.isfinite().all():
+    if new_logp.isnan().any():
         raise UserError("the model's logits are not finite: its weights are damaged, or diverged")
 
     # ---- Collect: each row up to and including its first end token

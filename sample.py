@@ -364,14 +364,19 @@ EVAL_SETTINGS = [*(f.name for f in fields(DataConfig) if f.name not in ("task", 
 
 
 def eval_settings(settings, origin=None):
-    """The EVAL_SETTINGS that are not the defaults: evaluations with the same ones can be compared.
-    `origin`: the path of a model that was trained elsewhere."""
+    """The EVAL_SETTINGS that are not the defaults, and checksums of the files among them:
+    evaluations with the same ones can be compared. `origin`: [path, time] of a model that was
+    trained elsewhere."""
     default = Config().settings()
     own = {key: settings[key] for key in EVAL_SETTINGS if settings[key] != default[key]}
-    return {**own, **({"origin": origin} if origin else {})}
+    files = {key: checksum(path) for key, path in own.items() if key in ("data", "eval_data")}
+    return {**own, **({"files": files} if files else {}), **({"origin": origin} if origin else {})}
 
 
 def checksum(path):
+    """Of a file, None if there is none."""
+    if not os.path.isfile(path):
+        return None
     with open(path, "rb") as f:
         return zlib.crc32(f.read())
 
@@ -402,8 +407,12 @@ def evaluate_tasks(model, tok, cfg, folder, origin=None, requests=False):
     the paper's 0.6 and greedily. Metrics go to FOLDER/eval.json, samples to FOLDER/samples.jsonl.
     `origin`: see `eval_settings`."""
     k, samples, settings = cfg.sample.eval_samples, [], eval_settings(cfg.settings(), origin)
-    results = {task: found for task, found in read_results(folder).items()
-               if found.get("settings", {}).get("origin") == origin}
+    results = {}
+    for task, found in read_results(folder).items():
+        then = found.get("settings", settings)
+        fully = "pass@1_greedy" in found and then.get("origin") == origin
+        if fully or {**then, "eval_problems": 0} == {**settings, "eval_problems": 0}:
+            results[task] = found
     tasks = tasks_to_ask(cfg, results, requests)
     model = for_sampling(model, cfg.sample)
     for task, n in tasks.items():

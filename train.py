@@ -219,7 +219,7 @@ SFT = [*INHERITED, "mix", "source_problems", "source_samples", "max_new_tokens",
        "sft_steps", "sft_lr", "sft_rows"]
 ROUNDING = ["autocast", "sample_dtype", "matmul"]
 RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
-    "base": [*BASE, *ROUNDING],
+    "base": [*BASE, "autocast", "matmul"],
     "rl": [*INHERITED, "mix", *names(RewardConfig),
            *names(GRPOConfig, "rl_steps", "eval_every", "micro_tokens"), *ROUNDING, "ref_dtype"],
     "sft": [*SFT, "general_replies", *ROUNDING],
@@ -268,10 +268,12 @@ class Run:
         self.set_rounding()
         if saved:
             self.check_saved(saved, named)
-        if name == "base" and (cfg.sample.init_from or cfg.train.base):  # trained elsewhere
+        self.origin, elsewhere = None, cfg.sample.init_from or cfg.train.base
+        if name == "base" and elsewhere:  # trained elsewhere: where, and when that ended
             self.steps = self.done
-            if cfg.train.base and not self.done:
+            if cfg.train.base:
                 self.ended = load_checkpoint(cfg.train.base).get("ended", 0.0)
+            self.origin = [os.path.realpath(elsewhere), self.ended]
 
     def set_rounding(self):
         """What "auto" means for sampling's dtype. Checkpoints record that, and the library for
@@ -314,6 +316,8 @@ class Run:
         step = self.done
         if step:
             saved = load_checkpoint(self.path("ckpt.pt"))
+            if saved["step"] != step:
+                raise UserError(f"another run has trained {self.dir} meanwhile: start again")
             trained = saved.get("trained")  # with adapters: beside the weights of the parent
             model.load_state_dict(trained or saved["model"], strict=not trained)
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
@@ -507,6 +511,7 @@ def judged(cfg):
 def train_rl(run):
     """GRPO on the parent's model. R1-Zero is that on the base, with only rules as rewards."""
     cfg, ref, judge = run.cfg, None, None
+    print_memory(run)
     policy = run.load(run.stage.parent)
     if cfg.grpo.kl_coef:
         if cfg.train.lora_rank:
@@ -814,44 +819,45 @@ def check_rewards(run, has_judge):
                for key, weight in vars(run.cfg.rewards).items() for problem in drawn):
         raise UserError(f"{run.name}: no reward with a weight judges "
                         f"{', '.join(run.cfg.data.shares())}: see --w_accuracy, --w_format, --mix")
-    judge = os.path.join(run.cfg.sample.out_dir, "reward_model", "ckpt.pt")
-    if judged(run.cfg) and not has_judge and not os.path.exists(judge):
-        raise UserError(f"{run.name}: w_preference needs a reward model, {judge}: train.py "
-                        f"reward_model makes it")
+    if judged(run.cfg) and not has_judge:
+        judge = os.path.join(run.cfg.sample.out_dir, "reward_model", "ckpt.pt")
+        state = load_checkpoint(judge) if os.path.exists(judge) else {"step": 0}
+        if not state["step"] or state["step"] < state["settings"]["sft_steps"]:
+            raise UserError(f"{run.name}: w_preference needs a finished reward model, {judge}: "
+                            f"train.py reward_model makes it")
 
 
 def use_base(run):
-    """Takes over a base that was trained elsewhere, with evaluations that apply -> its path."""
-    base, folder, settings = run.cfg.train.base, run.cfg.sample.init_from, run.cfg.settings()
+    """Takes over a base that was trained elsewhere, with evaluations that apply."""
+    base, settings = run.cfg.train.base, run.cfg.settings()
     if base and run.done and not os.path.samefile(base, run.path("ckpt.pt")):
         raise UserError(f"{run.dir} holds a base that was trained here: leave out --base or choose "
                         f"another --out_dir")
-    print(f"base: {folder or base}")
-    origin = os.path.realpath(folder or base)
+    print(f"base: {base or run.cfg.sample.init_from}")
     if base:
-        known = {task: {**found, "settings": sample.eval_settings(settings, origin)}
+        known = {task: {**found, "settings": sample.eval_settings(settings, run.origin)}
                  for task, found in read_results(sample.results_folder(base)).items()
                  if task in data.TASKS and found.get("settings") == sample.eval_settings(settings)}
         write_json(run.path("eval.json"), {**read_results(run.dir), **known})
-    return origin
 
 
-def is_evaluated(run, origin):
+def is_evaluated(run):
     """Whether there is a full evaluation (only these have greedy answers) of all tasks, with the
     current settings or those of training."""
     found, now = read_results(run.dir), run.cfg.settings()
-    same = [sample.eval_settings(settings, origin) for settings in (now, {**now, **run.then})]
+    same = [sample.eval_settings(settings, run.origin)
+            for settings in (now, {**now, **run.then})]
     return all("pass@1_greedy" in found.get(task, {}) and found[task].get("settings") in same
                for task in run.cfg.data.tasks())
 
 
 def run_stage(run):
     """Trains and evaluates a stage unless that is done."""
-    name, origin = run.name, None
+    name = run.name
     os.makedirs(run.dir, exist_ok=True)
     sample.set_up_cpu(run.cfg.sample)
-    if name == "base" and (run.cfg.sample.init_from or run.cfg.train.base):
-        origin = use_base(run)
+    if run.origin:
+        use_base(run)
     elif run.done >= run.steps:
         print(f"{name}: done ({run.path('ckpt.pt')}, {run.done} steps)")
     else:
@@ -871,9 +877,9 @@ def run_stage(run):
     if name == "reward_model":
         if not read_results(run.dir):
             evaluate_reward_model(run, run.load(name, RewardModel))
-    elif not is_evaluated(run, origin):
+    elif not is_evaluated(run):
         model = run.load(name)  # as saved: adapters are merged
-        sample.evaluate_tasks(model, run.tok, run.settings_for(name), run.dir, origin,
+        sample.evaluate_tasks(model, run.tok, run.settings_for(name), run.dir, run.origin,
                               has_dev3(name))
 
 
@@ -1050,14 +1056,15 @@ def run_eval(given):
     path, model, tok, cfg = sample.open_checkpoint(given)
     origin, stage, out_dir = None, None, cfg.sample.out_dir
     if os.path.isdir(path):  # a model as it came is the base of what lies in out_dir
-        origin, folder = os.path.realpath(path), os.path.join(out_dir, "base")
-        if os.path.exists(os.path.join(folder, "ckpt.pt")):
+        origin, folder = [os.path.realpath(path), 0.0], os.path.join(out_dir, "base")
+        known = [found.get("settings", {}).get("origin") for found in read_results(folder).values()]
+        if os.path.exists(os.path.join(folder, "ckpt.pt")) or known != len(known) * [origin]:
             raise UserError(f"{folder} holds another base: choose another --out_dir")
     else:
-        stage, folder = load_checkpoint(path).get("stage"), sample.results_folder(path)
-        inside = os.path.join(os.path.realpath(out_dir), "")
+        state, folder = load_checkpoint(path), sample.results_folder(path)
+        stage, inside = state.get("stage"), os.path.join(os.path.realpath(out_dir), "")
         if "out_dir" in given and not os.path.realpath(path).startswith(inside):
-            origin, folder = os.path.realpath(path), out_dir
+            origin, folder = [os.path.realpath(path), state.get("ended", 0.0)], out_dir
     sample.evaluate_tasks(model, tok, cfg, folder, origin, has_dev3(stage))
     print_tables({folder or path: read_results(folder)}, cfg.data.tasks())
 
@@ -1143,9 +1150,6 @@ def run_command_line(words, given):
         runs = plan(words, given)
         if given.get("init_from"):
             return_memory()
-        rl = [run for run in runs.values() if run.stage.kind == "rl" and run.done < run.steps]
-        if rl:
-            print_memory(rl[0])  # later ones take no more
         for run in runs.values():
             run_stage(run)
         results = all_results(run.cfg.sample.out_dir)

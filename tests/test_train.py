@@ -467,7 +467,7 @@ def test_an_experiment_can_start_from_the_base_of_another_folder(finished, tmp_p
     assert read(tmp_path / "zero", "metrics.jsonl") == read(finished / "zero", "metrics.jsonl")
     theirs, mine = (results(folder / "base") for folder in (finished, tmp_path))
     where = os.path.realpath(finished / "base" / "ckpt.pt")
-    assert all(found["settings"].pop("origin") == where for found in mine.values())
+    assert all(found["settings"].pop("origin")[0] == where for found in mine.values())
     assert theirs == mine
     assert "base" in capsys.readouterr().out.split("pass@1")[-1]  # a row of the table
     err = refusal(train.main, [*ZERO, base, "--ops=+", f"--out_dir={tmp_path}/other"], capsys)
@@ -495,6 +495,11 @@ def test_what_is_known_of_a_base_is_known_of_no_other(finished, tmp_path, monkey
     save_checkpoint(str(theirs), {**state, "ended": time.time() + 1})
     err = refusal(train.main, [*flags, f"--base={theirs}", f"--out_dir={mine}"], capsys)
     assert "zero grew from an earlier base" in err
+    shutil.rmtree(mine / "zero")
+    with monkeypatch.context() as later:
+        later.setattr(train.time, "time", lambda now=time.time: now() + 60)
+        run(mine, f"--base={theirs}", tiny=flags)
+    assert [os.path.basename(folder) for folder in asked] == ["base", "zero"]
 
 
 def test_an_evaluation_in_passing_replaces_no_fuller_one_and_does_not_count_as_one(
@@ -545,7 +550,7 @@ def test_checkpoints_that_share_a_folder_share_no_results(finished, tmp_path, ca
     tiny = [flag for flag in ZERO if flag not in SHAPE]
     run(tmp_path / "new", "base", f"--base={other}", tiny=tiny)  # and it brings them along
     mine = results(tmp_path / "new" / "base")["countdown"]
-    assert mine["settings"].pop("origin") == str(other) and mine == found["countdown"]
+    assert mine["settings"].pop("origin")[0] == str(other) and mine == found["countdown"]
 
 
 def test_eval_writes_into_out_dir_if_the_checkpoint_lies_elsewhere(finished, tmp_path):
@@ -573,17 +578,41 @@ def test_flags_that_did_nothing_once_do_not_lock_a_folder(finished, tmp_path, ca
     with pytest.raises(UserError, match="zero was trained with"):  # named: it has other settings
         train.plan(["zero"], given)
     del given["w_length"], given["w_format"]
-    with pytest.raises(UserError, match="w_preference needs a reward model"):
+    with pytest.raises(UserError, match="w_preference needs a finished reward model"):
         train.plan(["r1"], given)
 
 
-def test_a_moved_folder_is_the_same_model(folder, tmp_path):
+def test_another_model_does_not_take_the_place_of_a_runs_base(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "model")
     flags = [*REAL, f"--out_dir={tmp_path}"]
     train.main(["zero", *flags, f"--init_from={folder}"])
-    train.main(["eval", *flags, f"--init_from={tmp_path}/model"])
-    origin = results(tmp_path / "base")["countdown"]["settings"]["origin"]
-    assert origin == str(tmp_path / "model")
+    before = results(tmp_path / "base")
+    argv = ["eval", *flags, f"--init_from={tmp_path}/model"]
+    assert "holds another base" in refusal(train.main, argv, capsys)
+    train.main(["eval", *flags, f"--init_from={folder}"])
+    assert results(tmp_path / "base") == before
+
+
+def test_an_edited_file_is_asked_anew(folder, tmp_path):
+    rows = [{"question": f"A {i}?", "answer": i} for i in range(20)]
+    path = write_traces(tmp_path / "d.jsonl", rows)
+    flags = [*REAL, f"--init_from={folder}", f"--data={path}"]
+    run(tmp_path, "base", tiny=flags)
+    write_traces(tmp_path / "d.jsonl", [{**row, "question": f"B {row['answer']}?"} for row in rows])
+    data.file_problems.cache_clear()
+    run(tmp_path, "base", tiny=flags)
+    assert all("B " in line["prompt"] for line in read(tmp_path / "base", "samples.jsonl"))
+
+
+def test_a_reward_model_that_was_cut_short_judges_nothing(finished, tmp_path, capsys):
+    shutil.copytree(finished / "base", tmp_path / "base")
+    (tmp_path / "reward_model").mkdir()
+    state = load_checkpoint(finished / "base" / "ckpt.pt")
+    save_checkpoint(str(tmp_path / "reward_model" / "ckpt.pt"),
+                    {**state, "stage": "reward_model", "step": 2,
+                     "settings": {**state["settings"], "sft_steps": 8}})
+    argv = [*ZERO, "--w_preference=1", "--mix=task:1,chat:1", f"--out_dir={tmp_path}"]
+    assert "needs a finished reward model" in refusal(train.main, argv, capsys)
 
 
 def test_rewards_that_judge_nothing_that_is_drawn_are_refused(tmp_path, capsys):
@@ -658,7 +687,7 @@ def test_a_parent_that_would_be_trained_on_is_found_before_that(whole, tmp_path,
     # A reward model that is made later is none yet.
     argv = [*PIPELINE, "r1", "--w_preference=1", "--mix=task:1,chat:1"]
     argv += [f"--out_dir={tmp_path}/new"]
-    assert "zero: w_preference needs a reward model" in refusal(train.main, argv, capsys)
+    assert "zero: w_preference needs a finished reward model" in refusal(train.main, argv, capsys)
 
 
 def test_a_base_without_a_step_can_be_built_upon(finished, tmp_path):
