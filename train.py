@@ -196,7 +196,7 @@ def longest_prompt(cfg, tok):
     prompts = [data.prompt_ids(problem, tok, cfg.data) for problem in problems]
     others = () if cfg.sample.init_from else [task for task in data.TASKS if task != "file"]
     asked = [data.prompt_ids(problem, tok, cfg.data)  # in the final evaluation
-             for task in others for problem in data.eval_problems(cfg.data, 100, task)]
+             for task in others for problem in data.eval_problems(cfg.data, 50, task)]
     longest, new = max(map(len, prompts + asked)), cfg.grpo.max_new_tokens
     if longest + new > cfg.model.context:
         raise UserError(f"a prompt of {longest} tokens + max_new_tokens={new} do not fit "
@@ -806,7 +806,9 @@ def plan(words, given):
                                 f"after it, or choose another --out_dir")
     cfg, tok = run.cfg, run.tok
     data.leave_out_long(cfg.data, tok, cfg.model.context - cfg.grpo.max_new_tokens)
-    longest_prompt(cfg, tok)
+    lengths = longest_prompt(cfg, tok)  # all stages draw from the same problems
+    for run in runs.values():
+        run.prompt_lengths = lengths
     if "sft" in stages:
         data.read_traces(cfg.train.traces, tok, cfg.data)
     return runs
@@ -938,7 +940,7 @@ def return_memory():
 
 def print_memory(run):
     """What RL will take, and what there is. A toy needs no such line."""
-    prompt_len, shared_len = longest_prompt(run.cfg, run.tok)
+    prompt_len, shared_len = run.prompt_lengths
     always, moments = memory_plan(run.cfg, prompt_len, run.device, shared_len)
     need = sum(always.values()) + max(moments.values())
     if need < 2**30 and not run.cfg.sample.init_from:
