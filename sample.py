@@ -407,7 +407,7 @@ def evaluate_tasks(model, tok, cfg, folder, origin=None, requests=False):
     the paper's 0.6 and greedily. Metrics go to FOLDER/eval.json, samples to FOLDER/samples.jsonl.
     `origin`: see `eval_settings`."""
     k, samples, settings = cfg.sample.eval_samples, [], eval_settings(cfg.settings(), origin)
-    results = {}
+    results = {}  # what may stay: full evaluations of this model, others with the same settings
     for task, found in read_results(folder).items():
         then = found.get("settings", settings)
         fully = "pass@1_greedy" in found and then.get("origin") == origin

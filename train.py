@@ -823,8 +823,8 @@ def check_rewards(run, has_judge):
                         f"{', '.join(run.cfg.data.shares())}: see --w_accuracy, --w_format, --mix")
     if judged(run.cfg) and not has_judge:
         judge = os.path.join(run.cfg.sample.out_dir, "reward_model", "ckpt.pt")
-        state = load_checkpoint(judge) if os.path.exists(judge) else {"step": 0}
-        if not state["step"] or state["step"] < state["settings"]["sft_steps"]:
+        state = load_checkpoint(judge) if os.path.exists(judge) else {}
+        if state.get("step", 0) < state.get("settings", {}).get("sft_steps", 1):
             raise UserError(f"{run.name}: w_preference needs a finished reward model, {judge}: "
                             f"train.py reward_model makes it")
 
