@@ -724,7 +724,7 @@ def draw_habits(rng, task="countdown"):
             patience=rng.choices([3, 6, 9, 12, 18, 30], [66, 5, 5, 5, 7, 12])[0],
             emoji=rng.choices([0.0, 0.5, 1.0], [80, 10, 10])[0],
         )
-        is_patient = habits.patience >= ENOUGH.get(task, 0)  # in a new task everybody is
+        is_patient = habits.patience >= ENOUGH.get(task, 0)  # without an entry all are
         if not (habits.layout == "full" and habits.checks and is_patient):
             return habits
 

@@ -23,8 +23,8 @@ estimated from samples:
 So sample, and push each sample's log-probs up in proportion to its reward. Any baseline b that does
 not depend on the sample may be subtracted from the reward: E[b grad log pi] = b grad sum_o pi(o) =
 b grad 1 = 0, so the expected gradient stays, and choosing b near the mean reward lowers its
-variance. PPO, the usual algorithm before GRPO, trains a second network to predict, at each token,
-the reward to come; GRPO takes the mean of the group (which includes r itself: see below).
+variance. As b, PPO, the usual algorithm before GRPO, takes what a second network predicts at each
+token, the reward to come; GRPO takes the mean of the group (which includes r itself: see below).
 
 For every problem q sample o_1 ... o_G from the policy, and reward them with r_1 ... r_G. pi_old is
 the policy that sampled, and stays as it was while pi is trained. All tokens o_t of a completion
@@ -43,7 +43,7 @@ the expected gradient by (G - 1) / G; dividing by the std weights problems unequ
 mean over a completion's own tokens weights completions unequally (Dr. GRPO, arXiv 2503.20783, does
 without the last two).
 The clip stops pushing a token once its ratio has moved by eps in the direction of A.
-beta keeps the policy near the reference while it chases the reward.
+beta pulls the policy back to the reference while it chases the reward.
 
 Read on in the order in which the code runs: settings, `train_grpo` (the loop), then what it calls:
 `group_advantages` (1), `update_policy`, `optimiser_step`, `grpo_loss` (2)-(5). All of that works on
@@ -203,8 +203,7 @@ def train_grpo(policy, ref, env, run, cfg):
 
 def group_advantages(rewards, adv_norm="std"):
     """Equation (1): rewards (P, G) -> advantages (P, G), float32. The std is the population's
-    (ddof 0). A group whose rewards are equal up to rounding gets exactly 0, and so does a group of
-    one."""
+    (ddof 0). A group whose rewards are equal up to rounding gets exactly 0."""
     rewards = rewards.double()
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     std = rewards.std(dim=1, keepdim=True, correction=0)
@@ -240,16 +239,15 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
 
 
 def optimiser_step(policy, ref, optimizers, batch, cfg):
-    """One step on a list of Samples -> its metrics, as floats. If no sample is left to learn from,
-    those in MEANS are missing; if all advantages are 0, no step is taken, and "skipped" is missing
-    (it is 1 if gradients were not finite)."""
+    """One step on a list of Samples -> its metrics, as floats. If all advantages are 0, no step is
+    taken. Missing are those in MEANS if no sample is left to measure, and "skipped", 1 if gradients
+    were not finite, if no step was due."""
     N, device = len(batch), next(policy.parameters()).device
     batch = [sample for sample in batch if not (cfg.mask_truncated and sample.truncated)]
     batch.sort(key=len, reverse=True)  # rows of like length together: little padding
     n_tokens = torch.tensor([len(sample.ids) for sample in batch])
-    # Equation (5) divides by all completions, also those that the filter below drops (an advantage
-    # of 0 gives no gradient), and over the whole batch, so that the gradients of its micro-batches
-    # add up to the batch's.
+    # Equation (5) is over the whole batch, so that the gradients of its micro-batches add up to it,
+    # and over all completions: what the filter below drops still counts in the mean.
     weights = token_weights(n_tokens, N, cfg)
     if cfg.skip_equal or ref is None:
         kept = [i for i, sample in enumerate(batch) if sample.adv]

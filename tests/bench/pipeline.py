@@ -19,10 +19,10 @@ from train import STAGES  # noqa: E402
 BOXES = {  # stage: (column, row, what it does)
     "base": (0, 1, "next token,\ntoy corpus"),
     "zero": (1, 2, "GRPO: accuracy\n+ format"),
-    "zero_emoji": (0, 2, "the same\n+ emoji"),
+    "zero_emoji": (0, 2, "GRPO: as zero,\n+ emoji"),
     "dev1": (2, 1, "SFT: zero's most\nreadable traces"),
     "dev2": (3, 1, "GRPO: + one\nlanguage"),
-    "dev2_free": (3, 2, "the same\nwithout that"),
+    "dev2_free": (3, 2, "GRPO: without the\nlanguage reward"),
     "dev3": (4, 1, "SFT: dev2's traces\n+ general replies"),
     "reward_model": (5, 2, "Bradley–Terry\non preferences"),
     "r1": (6, 1, "GRPO: rules,\npreference, harmless"),
@@ -30,7 +30,8 @@ BOXES = {  # stage: (column, row, what it does)
     "small_zero": (5, -0.8, "GRPO: accuracy\n+ format"),
     "distill": (6, 0, "SFT: r1's\nsamples"),
 }
-FILLS = {"base": "#dbe9f6", "rl": "#fbe3cf", "sft": "#dff0da", "pairs": "#e6dcf2"}  # by kind
+FILLS = {"base": "#dbe9f6", "rl": "#fbe3cf", "sft": "#dff0da",
+         "reward_model": "#e6dcf2"}  # by name, or else by kind
 W, H = 1.34, 0.62  # of a box
 
 
@@ -41,9 +42,9 @@ def main():
     args = parser.parse_args()
     figure, axis = pyplot.subplots(figsize=(13, 4.2))
     for name, stage in STAGES.items():
-        if name not in BOXES:  # `sft` and `r1_hacked`, which are not in the paper
+        if name not in BOXES:  # `sft` and `r1_hacked`: other ways to train what is drawn
             continue
-        draw_box(axis, name, FILLS[stage.kind])
+        draw_box(axis, name, FILLS.get(name, FILLS[stage.kind]))
         draw_arrow(axis, stage.parent, name, "#555", "-")
         if stage.source != stage.parent:
             draw_arrow(axis, stage.source, name, "#b5651d", (0, (4, 3)))
