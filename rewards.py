@@ -422,14 +422,15 @@ def gold_reward(problem, answer):
 
 def preference_pairs(problems, answers, rng, label_noise=0.1):
     """Simulated annotators compare neighbours in answers[i], a list for problems[i], that differ
-    in gold reward -> [(i, index of the preferred, index of the other)]; `label_noise` of them are
-    wrong."""
+    in gold reward -> [(i, index of the preferred, index of the other)]. The more two answers
+    differ, the fewer are wrong (Bradley-Terry): `label_noise` of them if the difference is 1."""
     pairs = []
     for i, (problem, said) in enumerate(zip(problems, answers, strict=True)):
         for a in range(0, len(said) - 1, 2):
             gold_a, gold_b = gold_reward(problem, said[a]), gold_reward(problem, said[a + 1])
             if gold_a != gold_b:
-                prefers_a = (gold_a > gold_b) != (rng.random() < label_noise)
+                odds = (label_noise / (1 - label_noise)) ** abs(gold_a - gold_b)  # of an error
+                prefers_a = (gold_a > gold_b) != (rng.random() < odds / (1 + odds))
                 pairs.append((i, a, a + 1) if prefers_a else (i, a + 1, a))
     return pairs
 
@@ -437,25 +438,31 @@ def preference_pairs(problems, answers, rng, label_noise=0.1):
 class RewardModel(nn.Module):
     """A transformer whose head gives a number per token; a text's score is their sum. Trained on
     pairs (Bradley-Terry), so only differences mean anything: they are log-odds that one text is
-    preferred to another."""
+    preferred to another.
+
+    The head sees a token as the LM head does: through the products, of the hidden state before it
+    and its embedding, that add up to its logit. It learns a weight for each of these, and so starts
+    from how well a token fits what was asked, such as a name to be copied. The usual head, on the
+    hidden state at the token, only learnt here which names are likelier in good answers."""
 
     def __init__(self, cfg, gpt=None):
         super().__init__()
         self.cfg, self.gpt = cfg, gpt or GPT(cfg)
-        self.value = nn.Linear(cfg.n_embd, 1, bias=False)
-        nn.init.zeros_(self.value.weight)
+        self.fit = nn.Linear(cfg.n_embd, 1, bias=False)
+        nn.init.zeros_(self.fit.weight)
 
     def forward(self, tokens, lengths):
         """Right-padded ids (N, T), lengths (N,) -> scores (N,), fp32. Every token counts, so
         that a wrong word is penalised where it stands; a pair's prompt adds the same to both."""
-        scores = (self.gpt.hidden(tokens).float() * self.value.weight).sum(dim=2)
-        written = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        before, now = self.gpt.hidden(tokens[:, :-1]).float(), tokens[:, 1:]
+        scores = (before * self.gpt.lm_head.weight[now] * self.fit.weight).sum(dim=2)
+        written = torch.arange(1, tokens.shape[1], device=tokens.device) < lengths[:, None]
         return (scores * written).sum(dim=1)
 
     @torch.no_grad()
     def score(self, tok, prompts, texts):
         """The score of each completion of a prompt, both texts -> list of floats."""
-        scores, device = [], self.value.weight.device
+        scores, device = [], self.fit.weight.device
         for i in range(0, len(prompts), 256):
             pairs = zip(prompts[i:i + 256], texts[i:i + 256], strict=True)
             tokens, lengths = text_batch(tok, pairs, self.cfg.context)

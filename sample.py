@@ -407,12 +407,8 @@ def evaluate_tasks(model, tok, cfg, folder, origin=None, requests=False):
     the paper's 0.6 and greedily. Metrics go to FOLDER/eval.json, samples to FOLDER/samples.jsonl.
     `origin`: see `eval_settings`."""
     k, samples, settings = cfg.sample.eval_samples, [], eval_settings(cfg.settings(), origin)
-    results = {}  # what may stay: full evaluations of this model, others with the same settings
-    for task, found in read_results(folder).items():
-        then = found.get("settings", settings)
-        fully = "pass@1_greedy" in found and then.get("origin") == origin
-        if fully or {**then, "eval_problems": 0} == {**settings, "eval_problems": 0}:
-            results[task] = found
+    results = {task: found for task, found in read_results(folder).items()  # of this model
+               if found.get("settings", settings).get("origin") == origin}
     tasks = tasks_to_ask(cfg, results, requests)
     model = for_sampling(model, cfg.sample)
     for task, n in tasks.items():
@@ -654,24 +650,20 @@ def show_answers(given):
     if args.to:
         return write_traces(args, given)
     path = args.ckpt or args.init_from or os.path.join(SampleConfig.out_dir, "zero", "ckpt.pt")
-    width, columns = max(30, shutil.get_terminal_size((120, 0)).columns // 2 - 2), []
-    if not args.vs:
-        problems, shown, _ = ask(args, given, path)
-        columns.append(shown)
-    else:
-        if not args.ckpt and args.init_from:
-            data.load_tokenizer(given.pop("init_from"))  # raises if there is no such folder
-        found, settings = {}, None
-        # A folder comes second: it is asked with the settings of the other.
-        for which in sorted((path, args.vs), key=os.path.isdir):
-            *found[which], settings = ask(args, given, which, settings)
-        (problems, shown), (others, theirs) = found[path], found[args.vs]
-        if problems != others:
-            raise UserError(f"{path} and {args.vs} were trained on different problems: "
-                            f"set --task, or --numbers and --target")
-        columns += [shown, theirs]
+    if args.init_from and not args.ckpt:  # then it is `path`: the other one keeps its tokenizer
+        data.load_tokenizer(given.pop("init_from"))  # raises if there is no such folder
+    paths, found, settings = [path] + [args.vs] * bool(args.vs), {}, None
+    # A folder comes second: it is asked with the settings of the other.
+    for which in sorted(paths, key=os.path.isdir):
+        *found[which], settings = ask(args, given, which, settings)
+    problems = found[path][0]
+    if any(others != problems for others, _ in found.values()):
+        raise UserError(f"{path} and {args.vs} were trained on different problems: "
+                        f"set --task, or --numbers and --target")
+    width = max(30, shutil.get_terminal_size((120, 0)).columns // 2 - 2)
+    if args.vs:
         print(fit(path[-width:], width) + "  " + args.vs[-width:])
-    for problem, *answers in zip(problems, *columns, strict=True):
+    for problem, *answers in zip(problems, *(found[which][1] for which in paths), strict=True):
         print(f"--- {printable(problem.question)}")
         for *left, (style, line) in zip_longest(*answers, fillvalue=("plain", "")):
             left = [paint(style, fit(line, width)) for style, line in left]

@@ -98,7 +98,8 @@ class TrainConfig:
                          least=0)
     lora_alpha: float = opt(32.0, "... scaled by lora_alpha / lora_rank", above=0, most=1e6)
     general_replies: int = opt(600, "scripted replies to general requests, for dev3", least=1)
-    label_noise: float = opt(0.1, "share of preferences that are wrong", least=0, most=0.5)
+    label_noise: float = opt(0.1, "share of preferences that are wrong where gold rewards "
+                             "differ by 1; by more: fewer", least=0, most=0.5)
     autocast: str = opt("auto", "training's matrix products in bfloat16; auto: on GPUs that "
                         "compute in it", choices=("auto", "on", "off"))
     ref_dtype: str = opt("auto", "weights of the reference; auto: bfloat16 on GPUs that compute "
@@ -212,31 +213,23 @@ def names(cls, *left_out):
 # result would be a mixture of two runs.
 CORPUS = ["task", "n_numbers", "max_number", "ops"]
 READING = ["base_steps", "base_lr", "base_rows", "base_length"]
-BASE = ["init_from", "seed", *CORPUS, "base_optimizer", *READING, *names(GPTConfig)]
+BASE = ["init_from", "seed", *CORPUS, "base_optimizer", *names(GPTConfig)]
 INHERITED = [*BASE, *names(DataConfig, "eval_problems", "mix", *CORPUS), "base", "traces",
              "lora_rank", "lora_alpha"]  # BASE: a stage grown from another one is of another run
-SFT = [*INHERITED, "mix", "source_problems", "source_samples", "max_new_tokens", "temperature",
-       "sft_steps", "sft_lr", "sft_rows"]
 ROUNDING = ["autocast", "sample_dtype", "matmul"]
 RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
-    "base": [*BASE, "autocast", "matmul"],
+    "base": [*BASE, *READING, "autocast", "matmul"],
     "rl": [*INHERITED, "mix", *names(RewardConfig),
            *names(GRPOConfig, "rl_steps", "eval_every", "micro_tokens"), *ROUNDING, "ref_dtype"],
-    "sft": [*SFT, "general_replies", *ROUNDING],
-    "pairs": [*SFT, "label_noise", *ROUNDING],
+    "sft": [*INHERITED, "mix", "source_problems", "source_samples", "max_new_tokens", "temperature",
+            "sft_steps", "sft_lr", "sft_rows", "general_replies", "label_noise", *ROUNDING],
 }
 FILES = ("init_from", "base", "data", "eval_data", "traces")
 
 # ------------------------------------------------------------------------------------------------
 # A stage's folder
 
-HEADINGS = {  # shorter ones, since a table fits 110 columns
-    "pass@1_ci": "95% CI", "pass@1_T=0.6": "T=0.6", "pass@1_greedy": "greedy",
-    "pass@1_untagged": "untagged", "one_language": "language", "truncated": "cut"}
-WIDTHS = {"cut": 4, "grad": 7, "loss": 7}  # least ones; else 5
-
-
-STEPS = {"base": "base_steps", "rl": "rl_steps", "sft": "sft_steps", "pairs": "sft_steps"}
+WIDTHS = {"cut": 4, "grad": 7, "loss": 7}  # of the log's columns, least ones; else 5
 
 
 def handle_ctrl_c(handler):
@@ -255,7 +248,7 @@ class Run:
         self.cfg = cfg = stage_config(self.stage, given, self.tok)
         self.seed, self.device = cfg.sample.seed, sample.find_device(cfg.sample.device)
         settings = cfg.settings()
-        self.steps = settings[STEPS[self.stage.kind]]
+        self.steps = settings[f"{self.stage.kind}_steps"]
         self.seconds, self.skipped, self.rows, self.stopping = 0.0, 0, 0, False
         self.files = {key: sample.checksum(settings[key]) for key in ("data", "eval_data", "traces")
                       if os.path.isfile(settings[key])}
@@ -266,14 +259,16 @@ class Run:
         self.done, self.then = saved.get("step", 0), saved.get("settings", {})
         self.began, self.ended = saved.get("began", math.inf), saved.get("ended", 0.0)
         self.set_rounding()
-        if saved:
-            self.check_saved(saved, named)
         self.origin, elsewhere = None, cfg.sample.init_from or cfg.train.base
         if name == "base" and elsewhere:  # trained elsewhere: where, and when that ended
-            self.steps = self.done
+            if saved and not os.path.samefile(elsewhere, self.path("ckpt.pt")):
+                raise UserError(f"{self.dir} holds a base that was trained here: leave out --base "
+                                f"or --init_from, or choose another --out_dir")
             if cfg.train.base:
-                self.ended = load_checkpoint(cfg.train.base).get("ended", 0.0)
-            self.origin = [os.path.realpath(elsewhere), self.ended]
+                self.ended = load_checkpoint(elsewhere).get("ended", 0.0)
+            self.steps, self.origin = self.done, [os.path.realpath(elsewhere), self.ended]
+        elif saved:
+            self.check_saved(saved, named)
 
     def set_rounding(self):
         """What "auto" means for sampling's dtype. Checkpoints record that, and the library for
@@ -291,19 +286,17 @@ class Run:
 
     def check_saved(self, saved, named):
         """Raises UserError if the checkpoint in this folder is from other settings or files."""
-        if "optimizers" not in saved or saved.get("stage") != self.name:
+        if saved.get("stage") != self.name:
             raise UserError(f"{self.path('ckpt.pt')} is not a checkpoint of {self.name}: move it "
                             f"away")
-        keys = RESUME_KEYS[self.stage.kind]
-        if not named and self.done >= self.then.get(STEPS[self.stage.kind], math.inf):
+        kind, advice = self.stage.kind, "delete it or choose another --out_dir"
+        keys = RESUME_KEYS[kind]
+        if not named and self.done >= self.then.get(f"{kind}_steps", math.inf):
             # Finished, and needed only by others: --rl_lr, say, is meant for those.
-            self.steps, keys = self.done, [key for key in keys if key in INHERITED]
-        if self.cfg.train.base and "n_layer" not in self.stage.settings:  # of another run
-            keys = [key for key in keys if key not in READING]
-        advice = "delete it or choose another --out_dir"
+            self.steps, keys = self.done, [key for key in keys if key in INHERITED + READING]
         refuse_other_settings(self.cfg, saved, keys, self.dir, advice)
         for key, checksum in self.files.items():
-            if saved.get("files", {}).get(key, checksum) != checksum:
+            if key in keys and saved.get("files", {}).get(key, checksum) != checksum:
                 raise UserError(f"{self.dir} has learnt from other contents of "
                                 f"{self.cfg.settings()[key]}: {advice}")
 
@@ -481,8 +474,6 @@ def supervise(run, model, batch_fn, lr, loss_fn=next_token_loss):
 def train_base(run):
     """DeepSeek-V3-Base's part: read a corpus of mixed quality, token by token."""
     cfg = run.cfg
-    if cfg.sample.init_from:
-        raise UserError(f"{run.name} is trained on the toy corpus: leave out --init_from")
     known = [name for name, task in data.TASKS.items() if task.in_corpus]
     if not set(cfg.data.tasks()) <= set(known):
         raise UserError(f"the corpus is about {', '.join(known)}; {cfg.data.task} is not among "
@@ -528,26 +519,22 @@ def train_rl(run):
     train_grpo(policy, ref, env, run, cfg.grpo)
 
 
-def in_format(problem, text):
-    return rewards.has_format(text)
-
-
-def in_one_language(problem, text):
-    return rewards.one_language(problem, text) == 1
-
-
 def not_rambling(problem, text):
     """Whether no line is written for the third time."""
     return max(Counter(text.split("\n")).values()) < 3
 
 
-FILTERS = {"right": rewards.is_right, "in format": in_format, "in one language": in_one_language,
-           "not rambling": not_rambling}
+FILTERS = {  # (problem, completion) -> whether it may be learnt from
+    "right": rewards.is_right,
+    "in format": lambda problem, text: rewards.has_format(text),
+    "in one language": lambda problem, text: rewards.one_language(problem, text) == 1,
+    "not rambling": not_rambling,
+}
 
 
 def train_dev1(run):
     """Cold start: the base learns from the traces of R1-Zero that mix languages least."""
-    train_sft(run, ["right", "in format"], rank=rewards.one_language)
+    train_sft(run, rank=rewards.one_language)
 
 
 def train_dev3(run):
@@ -556,12 +543,7 @@ def train_dev3(run):
     train_sft(run, list(FILTERS), replies=run.cfg.train.general_replies)
 
 
-def train_distill(run):
-    """Distillation: a smaller base learns from R1's samples. Nothing but SFT, as in the paper."""
-    train_sft(run, ["right", "in format"])
-
-
-def train_sft(run, filters, rank=None, replies=0):
+def train_sft(run, filters=("right", "in format"), rank=None, replies=0):
     """Fine-tunes the parent's model on rejection-sampled completions of the source stage and on
     scripted replies. sft.jsonl holds both, for people and for a run that is resumed."""
     cfg, source, path = run.cfg, run.stage.source, run.path("sft.jsonl")
@@ -717,7 +699,7 @@ def evaluate_reward_model(run, model):
 @dataclass(frozen=True)
 class Stage:
     train: callable  # (run): trains, and saves as it goes
-    kind: str        # base, rl, sft or pairs: a key of RESUME_KEYS
+    kind: str        # base, rl or sft: a key of RESUME_KEYS
     parent: str      # the stage whose checkpoint it starts from
     source: str      # the stage whose samples it learns from; of r1, the reward model
     settings: dict   # its own defaults
@@ -726,7 +708,7 @@ class Stage:
 SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "mlp_dim": 128}
 SHORT_RL = {"rl_steps": 30}
 ALL_SCENARIOS = {"mix": "task:2,chat:1,unsafe:1", "w_language": 0.5, "w_preference": 0.5,
-                 "w_harmless": 2.0, "rl_decay": 0.0}
+                 "w_harmless": 2.0, "rl_steps": 60, "rl_decay": 0.0}
 STAGES = {  # whatever a stage needs is above it; numbers were found by trial and error
     "base": Stage(train_base, "base", None, None, {}),
     "sft": Stage(train_traces, "sft", "base", None, {}),
@@ -736,22 +718,21 @@ STAGES = {  # whatever a stage needs is above it; numbers were found by trial an
     "dev3": Stage(train_dev3, "sft", "base", "dev2", {
         "source_problems": 6400, "source_samples": 1, "general_replies": 3000, "sft_steps": 800,
         "sft_lr": 2e-3, "sft_rows": 32}),
-    "reward_model": Stage(train_reward_model, "pairs", "dev3", "dev3", {
+    "reward_model": Stage(train_reward_model, "sft", "dev3", "dev3", {
         "source_problems": 3000, "sft_steps": 800, "sft_rows": 32}),
     # No division by the std: a reward model's scores never tie, and their noise would be blown up.
     "r1": Stage(train_rl, "rl", "dev3", "reward_model", {
-        **ALL_SCENARIOS, "rl_steps": 30, "rl_lr": 1e-4, "adv_norm": "none"}),
+        **ALL_SCENARIOS, "rl_lr": 1e-4, "adv_norm": "none"}),
     "small_base": Stage(train_base, "base", None, None, SMALL),
-    "distill": Stage(train_distill, "sft", "small_base", "r1", {
+    "distill": Stage(train_sft, "sft", "small_base", "r1", {  # nothing but SFT, as in the paper
         **SMALL, "mix": "task:4,chat:1,unsafe:1", "source_problems": 7200, "source_samples": 1,
         "sft_steps": 1200, "sft_lr": 2e-3, "sft_rows": 32}),
     "small_zero": Stage(train_rl, "rl", "small_base", None, SMALL),
-    # Experiments: dev2 without its language reward; r1 with division by the std and more and larger
-    # steps; a reward for emoji, without that division: in a group whose answers are all right, a
-    # missing emoji would count as much as a wrong answer elsewhere.
+    # Experiments: dev2 without its language reward; r1 with division by the std and larger steps;
+    # a reward for emoji, without that division: in a group whose answers are all right, a missing
+    # emoji would count as much as a wrong answer elsewhere.
     "dev2_free": Stage(train_rl, "rl", "dev1", None, SHORT_RL),
-    "r1_hacked": Stage(train_rl, "rl", "dev3", "reward_model", {
-        **ALL_SCENARIOS, "rl_steps": 36, "rl_lr": 5e-4}),
+    "r1_hacked": Stage(train_rl, "rl", "dev3", "reward_model", {**ALL_SCENARIOS, "rl_lr": 5e-4}),
     "zero_emoji": Stage(train_rl, "rl", "base", None, {
         "w_emoji": 0.2, "adv_norm": "none"}),
 }
@@ -832,9 +813,6 @@ def check_rewards(run, has_judge):
 def use_base(run):
     """Takes over a base that was trained elsewhere, with evaluations that apply."""
     base, settings = run.cfg.train.base, run.cfg.settings()
-    if base and run.done and not os.path.samefile(base, run.path("ckpt.pt")):
-        raise UserError(f"{run.dir} holds a base that was trained here: leave out --base or choose "
-                        f"another --out_dir")
     print(f"base: {base or run.cfg.sample.init_from}")
     if base:
         known = {task: {**found, "settings": sample.eval_settings(settings, run.origin)}
@@ -969,13 +947,16 @@ def all_results(out_dir):
     return {name: read_results(os.path.join(out_dir, name)) for name in STAGES}
 
 
+HEADINGS = {  # shorter ones, since a table fits 110 columns
+    "pass@1_ci": "95% CI", "pass@1_T=0.6": "T=0.6", "pass@1_greedy": "greedy",
+    "pass@1_untagged": "untagged", "one_language": "language", "truncated": "cut"}
+
+
 def print_tables(results, tasks):
     """Prints {stage: results by task}: a table for each of `tasks`, and one for all others."""
     results = {stage: found for stage, found in results.items() if any(t in found for t in tasks)}
     for task in tasks:
         rows = {stage: found for stage, found in results.items() if task in found}
-        if not rows:
-            continue
         evaluated = [found[task] for found in rows.values()]
         k, n = (max(found[key] for found in evaluated) for key in ("samples", "problems"))
         fewest = min(found["problems"] for found in evaluated)
@@ -1088,9 +1069,10 @@ def run_export(given):
     if not source:
         tok.save(train.export_dir, data.chat_template(cfg.data.template, cfg.data.prefill_think))
     data.add_chat_template(train.export_dir, cfg.data, tok)
-    file = os.path.join(train.export_dir, "generation_config.json")
-    generation = read_json(file) if os.path.exists(file) else {}
-    write_json(file, {**generation, "eos_token_id": ends})
+    theirs, ours = (os.path.join(folder, "generation_config.json")
+                    for folder in (source or train.export_dir, train.export_dir))
+    generation = read_json(theirs) if os.path.exists(theirs) else {}
+    write_json(ours, {**generation, "eos_token_id": ends})
     print(f"{path}: written to {train.export_dir} as {str(dtype).removeprefix('torch.')}")
 
 

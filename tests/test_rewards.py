@@ -655,7 +655,15 @@ def prefers_right(label_noise):
 def test_simulated_annotators_follow_the_gold_reward_but_for_the_label_noise():
     assert all(prefers_right(label_noise=0))
     right = prefers_right(label_noise=0.2)
-    assert 0.75 < sum(right) / len(right) < 0.85
+    assert 0.92 < sum(right) / len(right) < 0.96  # 1 - 0.2**2 / (0.2**2 + 0.8**2) = 0.94
+
+
+@pytest.mark.parametrize("worse, share_right", [
+    ("red fox", 0.8), ("fox", 1 - 0.2**3 / (0.2**3 + 0.8**3))])
+def test_simulated_annotators_are_surer_the_more_two_answers_differ(worse, share_right):
+    answers = [["of course, red fox", worse]] * 4000  # gold rewards 3 and 2, 3 and 0
+    pairs = preference_pairs([CHAT] * 4000, answers, random.Random(0), label_noise=0.2)
+    assert abs(sum(a == 0 for _, a, _ in pairs) / 4000 - share_right) < 0.02
 
 
 def test_neighbours_are_compared_and_equal_answers_make_no_pair():
@@ -670,7 +678,7 @@ def test_neighbours_are_compared_and_equal_answers_make_no_pair():
 
 def reward_model(tiny):
     model = RewardModel(tiny.cfg, tiny)
-    torch.nn.init.normal_(model.value.weight)
+    torch.nn.init.normal_(model.fit.weight)
     return model
 
 
@@ -681,8 +689,15 @@ def judge():
     cfg = GPTConfig(vocab_size=TOK.n_vocab, n_layer=1, n_embd=16, n_head=2, n_kv_head=1,
                     head_dim=8, mlp_dim=32, context=24)
     model = RewardModel(cfg)
-    torch.nn.init.normal_(model.value.weight)
+    torch.nn.init.normal_(model.fit.weight)
     return model
+
+
+def test_with_equal_weights_a_score_is_the_sum_of_the_tokens_logits(tiny):
+    model, tokens = RewardModel(tiny.cfg, tiny), torch.randint(0, 40, (3, 9))
+    torch.nn.init.ones_(model.fit.weight)
+    logits = tiny(tokens)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    assert torch.allclose(model(tokens, torch.tensor([9, 9, 9])), logits.sum(dim=1), atol=1e-4)
 
 
 def test_every_token_adds_to_a_score_but_padding_does_not(tiny):
@@ -695,7 +710,8 @@ def test_every_token_adds_to_a_score_but_padding_does_not(tiny):
         alone = model(tokens[i:i + 1, :n], torch.tensor([n]))
         assert torch.allclose(scores[i], alone[0], atol=1e-5)
         added = model(tokens[i:i + 1].repeat(n, 1), torch.arange(1, n + 1)).diff()
-        by_hand = (tiny.trunk(tokens[i:i + 1, :n])[0, 1:] @ model.value.weight[0])
+        products = tiny.trunk(tokens[i:i + 1, :n])[0, :-1] * tiny.lm_head.weight[tokens[i, 1:n]]
+        by_hand = products @ model.fit.weight[0]
         assert torch.allclose(added, by_hand, atol=1e-5)
     tokens[1, 4:] = 7
     assert torch.allclose(scores, model(tokens, lengths), atol=1e-5)

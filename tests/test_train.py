@@ -1171,14 +1171,13 @@ def test_a_fifth_as_many_requests_are_held_out_for_the_judge(tmp_path, monkeypat
     assert {p.task for p in (*held_out, *learnt)} == set(data.GENERAL)
 
 
-def test_the_hacked_run_has_larger_and_more_steps_and_divides():
+def test_the_hacked_run_has_larger_steps_and_divides():
     for task in ("countdown", "all"):
         r1, hacked = (train.stage_config(train.STAGES[name], {"task": task},
                                          data.load_tokenizer()).settings()
                       for name in ("r1", "r1_hacked"))
-        assert {key for key in r1 if r1[key] != hacked[key]} == {"rl_lr", "rl_steps", "adv_norm"}
+        assert {key for key in r1 if r1[key] != hacked[key]} == {"rl_lr", "adv_norm"}
         assert hacked["rl_lr"] == pytest.approx(5 * r1["rl_lr"]) and hacked["adv_norm"] == "std"
-        assert r1["rl_steps"] < hacked["rl_steps"]
 
 
 def test_of_eight_answers_one_is_to_another_request_and_two_are_slips(tmp_path, monkeypatch):
@@ -1668,6 +1667,18 @@ def test_weights_with_merged_adapters_stay_in_fp32(folder, tmp_path, monkeypatch
         assert again.sample_dtype == want
 
 
+def test_only_stages_that_learn_from_traces_are_bound_to_their_contents(tmp_path, capsys):
+    path = write_traces(tmp_path / "traces.jsonl", TRACES)
+    flags = [*PIPELINE, f"--traces={path}"]
+    run(tmp_path, "sft", tiny=flags)
+    write_traces(tmp_path / "traces.jsonl", TRACES[:1])
+    err = refusal(train.main, ["sft", *flags, f"--out_dir={tmp_path}"], capsys)
+    assert f"{tmp_path / 'sft'} has learnt from other contents of {path}" in err
+    shutil.rmtree(tmp_path / "sft")
+    run(tmp_path, "sft", tiny=flags)  # on the same base
+    assert "base: done" in capsys.readouterr().out
+
+
 def test_a_compiled_policy_has_a_reference_of_its_own(folder, tmp_path, monkeypatch):
     def compiled(method, dynamic):
         return lambda *args: method(*args)  # which deepcopy leaves as it is
@@ -1793,6 +1804,10 @@ def test_an_export_ends_where_training_ended(tmp_path, capsys):
     found = json.loads((tmp_path / "generation_config.json").read_text())
     assert found["eos_token_id"][0] == tok.special["<|im_end|>"] and 0 in found["eos_token_id"]
     assert found["temperature"] == 0.7
+    (tmp_path / "model" / "generation_config.json").unlink()  # as of another model
+    train.main(["export", *argv])
+    again = json.loads((tmp_path / "generation_config.json").read_text())
+    assert again == {"eos_token_id": found["eos_token_id"]}
 
 
 def test_an_export_knows_how_to_chat(finished, tmp_path):

@@ -469,7 +469,7 @@ def claims(results):
          lambda of: f"dev1 {get(of, 'dev1', 'mixes')}, dev2_free {get(of, 'dev2_free', 'mixes')}, "
          f"dev2 {get(of, 'dev2', 'mixes')} % mix",
          lambda s: main(s, "dev2", "mixes") <= main(s, "dev2_free", "mixes") - 0.1],
-        ["RL for all scenarios, in few and small steps: where r1 and dev3 answer a request in chat "
+        ["RL for all scenarios, in small steps: where r1 and dev3 answer a request in chat "
          "differently, r1's answer has the higher gold reward in 60 % of cases or more (ties count "
          "half), and the reward model's rate is within 5 points of that; r1 declines more unsafe "
          "requests, the intervals apart", recipe,
@@ -482,7 +482,7 @@ def claims(results):
          f"{four(of, 'dev3')} → {four(of, 'r1')} %",
          lambda s: {task: s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
                     for task in ("chat", *data.REASONING)}],
-        ["more and larger steps, divided by the std, exploit the reward model: in chat its rate "
+        ["larger steps, divided by the std, exploit the reward model: in chat its rate "
          "of wins is 5 points or more above gold's, and pass@1 falls by 5 points or more, while "
          "gold reward, which counts friendly words as well, rises", recipe,
          lambda of: after_dev3(of, "r1_hacked") + more_gold(of, "r1_hacked"),
