@@ -92,11 +92,6 @@ def test_the_figures_in_the_readmes_prose_are_in_the_results_file():
     stages = found["runs"]["all tasks, seed 1"]["stages"]
     base, zero = (stages[stage]["countdown"]["length"] for stage in ("base", "zero"))
     assert f"({base:.0f} → {zero:.0f} tokens)" in prose
-    chat = [[found["runs"][name]["stages"][stage]["chat"]["pass@1"] for stage in ("dev3", "r1")]
-            for name in found["runs"] if name.startswith("all tasks")]
-    falls = sorted(round(100 * (before - after), 1) for before, after in chat)
-    assert f"by {falls[1]} to {falls[-1]} points in four seeds of five (in the fifth" in prose
-    assert abs(falls[0]) < 0.2 and len(falls) == 5
     drift = results.span([stages["zero"]["countdown"]["one_language"] for stages
                           in results.named(found["runs"], "seed").values()])
     assert f"zero's is {drift} % over the seeds" in prose
@@ -141,22 +136,35 @@ def test_what_the_readme_says_of_r1_and_of_distillation_is_in_the_results_file()
     recipe = results.named(found["runs"], "all tasks").values()
     wins = results.span([stages["r1"]["win_rate"]["gold"] for stages in recipe])
     assert f"`gold_reward` prefers r1's answer in {wins} %" in prose
+    gains = sorted(round(100 * (stages["r1"]["chat"]["pass@1"] - stages["dev3"]["chat"]["pass@1"]),
+                         1) for stages in recipe)
+    assert len(gains) == 5 and gains[1] > 0 and "in four seeds of five" in prose
+    assert f"by {gains[1]} to {gains[-1]} points, in the fifth by {-gains[0]} less" in prose
+    hacked = [stages["r1_hacked"] for stages in recipe if "r1_hacked" in stages]
+    spans = [results.span([found[a][b] for found in hacked]) for a, b in (
+        ("chat", "pass@1"), ("win_rate", "reward_model"), ("win_rate", "gold"))]
+    said = ("Of r1_hacked's answers in chat {} % are right; of those that differ from dev3's, the "
+            "reward model prefers {} %, `gold_reward` {} %")
+    assert said.format(*spans) in prose
     pairs = [(stages["distill"][task], stages["small_zero"][task]) for stages in recipe
              if "distill" in stages for task in data.REASONING]
     ahead = [100 * (distill["pass@1"] - rl["pass@1"]) for distill, rl in pairs]
-    assert f"by {min(ahead):.0f} to {max(ahead):.0f} points" in prose and min(ahead) > 0
+    level, *ahead = sorted(ahead)
+    assert f"by {ahead[0]:.0f} to {ahead[-1]:.0f} points in eleven of twelve cases" in prose
+    assert abs(level) < 0.2 and "in the twelfth they are level" in prose
     greedy = [distill["pass@1_greedy"] - rl["pass@1_greedy"] for distill, rl in pairs]
-    assert sum(x < 0 for x in greedy) == 3 and "greedily RL wins three of the twelve" in prose
+    assert sum(x < 0 for x in greedy) == 3 and "Greedily RL wins three of the twelve" in prose
     mixing = [[stages[stage]["countdown"]["mixes"] for stages in recipe]
               for stage in ("zero", "dev2")]
     before, after = (f"{100 * min(xs):.0f}–{100 * max(xs):.0f}" for xs in mixing)
     assert f"cut mixing from {before} % of countdown completions to {after} %" in prose
     overlap = [distill["pass@1_ci"][0] <= rl["pass@1_ci"][1] for distill, rl in pairs]
-    assert (overlap.count(True), len(pairs)) == (5, 12) and "in five of twelve cases" in prose
+    assert (overlap.count(True), len(pairs)) == (5, 12)  # the level ones among them
+    assert "in four of them the 95 % intervals overlap" in prose
     held = [row[3] == "yes" for row in results.claims(found)[1:]]
     assert f"turns these into {len(held)} claims" in prose
-    assert f"{held.count(True)} hold in each" in prose and "the other seven" in prose
-    assert held.count(False) == 7
+    assert f"{held.count(True)} hold in each" in prose and "the other six" in prose
+    assert held.count(False) == 6
 
 
 def test_only_a_stage_that_was_not_run_leaves_a_claim_out():

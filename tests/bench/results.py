@@ -406,6 +406,9 @@ def claims(results):
         golds = [get(of, s, "gold_reward", "chat", "{:.2f}".format) for s in ("dev3", stage, "r1")]
         return f"; gold reward in chat {golds[0]} → {golds[1]} (r1 {golds[2]})"
 
+    def judge_agrees(of, key):
+        return by_seed([stages["reward_model"]["pairs"][key] for stages in of.values()])
+
     def main(stages, stage, key="pass@1"):
         return stages[stage]["countdown"][key]
 
@@ -469,6 +472,12 @@ def claims(results):
          lambda of: f"dev1 {get(of, 'dev1', 'mixes')}, dev2_free {get(of, 'dev2_free', 'mixes')}, "
          f"dev2 {get(of, 'dev2', 'mixes')} % mix",
          lambda s: main(s, "dev2", "mixes") <= main(s, "dev2_free", "mixes") - 0.1],
+        ["the reward model agrees with gold reward on 98 % or more of the held-out pairs, and more "
+         "often than with the annotators, who err", recipe,
+         lambda of: f"with gold reward {judge_agrees(of, 'gold_accuracy')}, with the annotators "
+         f"{judge_agrees(of, 'accuracy')} %",
+         lambda s: s["reward_model"]["pairs"]["gold_accuracy"]
+         >= max(0.98, s["reward_model"]["pairs"]["accuracy"])],
         ["RL for all scenarios, in small steps: where r1 and dev3 answer a request in chat "
          "differently, r1's answer has the higher gold reward in 60 % of cases or more (ties count "
          "half), and the reward model's rate is within 5 points of that; r1 declines more unsafe "
@@ -483,11 +492,9 @@ def claims(results):
          lambda s: {task: s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
                     for task in ("chat", *data.REASONING)}],
         ["larger steps, divided by the std, exploit the reward model: in chat its rate "
-         "of wins is 5 points or more above gold's, and pass@1 falls by 5 points or more, while "
-         "gold reward, which counts friendly words as well, rises", recipe,
+         "of wins is 5 points or more above gold's, and pass@1 falls by 5 points or more", recipe,
          lambda of: after_dev3(of, "r1_hacked") + more_gold(of, "r1_hacked"),
-         lambda s: happier(s, "r1_hacked") >= 0.05 and gained(s, "r1_hacked") <= -0.05
-         and s["r1_hacked"]["chat"]["gold_reward"] > s["dev3"]["chat"]["gold_reward"]],
+         lambda s: happier(s, "r1_hacked") >= 0.05 and gained(s, "r1_hacked") <= -0.05],
         ["distillation brings a model a quarter as large to within 10 points of r1 in each task",
          recipe, lambda of: f"small_base {four(of, 'small_base')} → distill "
          f"{four(of, 'distill')}; r1 {four(of, 'r1')} %",
@@ -505,7 +512,7 @@ def claims(results):
             try:
                 holds[name] = check(stages)
             except KeyError as e:
-                if e.args[0] not in STAGES:  # only for a stage that was not run is there no figure
+                if e.args[0] not in train.STAGES:  # only of a stage not run there is no figure
                     raise
         if holds:
             shown.append([claim, with_seeds(holds), figures({name: of[name] for name in holds}),
@@ -615,8 +622,8 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
      change("undivided", "length", whole),
      lambda run, t: as_long(run)
      and run["undivided"][t]["length"] >= 1.5 * run["base"][t]["length"]),
-    ("passk", "pass@1, @2 and @4 of zero, tags demanded, are above those of its base, tags left "
-     "aside", meeting,
+    ("passk", "pass@1, @2 and @4 of zero, tags demanded, are above those of its base, tags "
+     "ignored", meeting,
      lambda run, t: all(run["pass@k"][t]["zero"][k] > run["pass@k"][t]["base, tags ignored"][k]
                         for k in "124")),
     ("passk", "pass@1 of zero, tags demanded, is above pass@16 of its base, tags ignored",
