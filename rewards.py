@@ -441,8 +441,8 @@ class RewardModel(nn.Module):
     preferred to another.
 
     The head sees a token as the LM head does: through the products, of the hidden state before it
-    and its embedding, that add up to its logit. It learns a weight for each of these, and so starts
-    from how well a token fits what was asked, such as a name to be copied. The usual head, on the
+    and its embedding, that add up to its logit. It learns a weight for each of these, and so has at
+    hand how well a token fits what was asked, such as a name to be copied. The usual head, on the
     hidden state at the token, only learnt here which names are likelier in good answers."""
 
     def __init__(self, cfg, gpt=None):
@@ -454,8 +454,9 @@ class RewardModel(nn.Module):
     def forward(self, tokens, lengths):
         """Right-padded ids (N, T), lengths (N,) -> scores (N,), fp32. Every token counts, so
         that a wrong word is penalised where it stands; a pair's prompt adds the same to both."""
-        before, now = self.gpt.hidden(tokens[:, :-1]).float(), tokens[:, 1:]
-        scores = (before * self.gpt.lm_head.weight[now] * self.fit.weight).sum(dim=2)
+        before = self.gpt.hidden(tokens[:, :-1]).float()  # (N, T - 1, C)
+        own = self.gpt.lm_head.weight[tokens[:, 1:]]
+        scores = (before * own * self.fit.weight).sum(dim=2)
         written = torch.arange(1, tokens.shape[1], device=tokens.device) < lengths[:, None]
         return (scores * written).sum(dim=1)
 

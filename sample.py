@@ -407,8 +407,12 @@ def evaluate_tasks(model, tok, cfg, folder, origin=None, requests=False):
     the paper's 0.6 and greedily. Metrics go to FOLDER/eval.json, samples to FOLDER/samples.jsonl.
     `origin`: see `eval_settings`."""
     k, samples, settings = cfg.sample.eval_samples, [], eval_settings(cfg.settings(), origin)
-    results = {task: found for task, found in read_results(folder).items()  # of this model
-               if found.get("settings", settings).get("origin") == origin}
+    results = {}  # what may stay: full evaluations of this model, others with the same settings
+    for task, found in read_results(folder).items():
+        then = found.get("settings", settings)
+        fully = "pass@1_greedy" in found and then.get("origin") == origin
+        if fully or {**then, "eval_problems": 0} == {**settings, "eval_problems": 0}:
+            results[task] = found
     tasks = tasks_to_ask(cfg, results, requests)
     model = for_sampling(model, cfg.sample)
     for task, n in tasks.items():

@@ -286,7 +286,7 @@ class Run:
 
     def check_saved(self, saved, named):
         """Raises UserError if the checkpoint in this folder is from other settings or files."""
-        if saved.get("stage") != self.name:
+        if "optimizers" not in saved or saved.get("stage") != self.name:
             raise UserError(f"{self.path('ckpt.pt')} is not a checkpoint of {self.name}: move it "
                             f"away")
         kind, advice = self.stage.kind, "delete it or choose another --out_dir"
@@ -957,6 +957,8 @@ def print_tables(results, tasks):
     results = {stage: found for stage, found in results.items() if any(t in found for t in tasks)}
     for task in tasks:
         rows = {stage: found for stage, found in results.items() if task in found}
+        if not rows:
+            continue
         evaluated = [found[task] for found in rows.values()]
         k, n = (max(found[key] for found in evaluated) for key in ("samples", "problems"))
         fewest = min(found["problems"] for found in evaluated)

@@ -404,7 +404,7 @@ def claims(results):
 
     def more_gold(of, stage):
         golds = [get(of, s, "gold_reward", "chat", "{:.2f}".format) for s in ("dev3", stage, "r1")]
-        return f"; gold reward in chat {golds[0]} → {golds[1]} (r1 {golds[2]})"
+        return f"gold reward in chat {golds[0]} → {golds[1]} (r1 {golds[2]})"
 
     def judge_agrees(of, key):
         return by_seed([stages["reward_model"]["pairs"][key] for stages in of.values()])
@@ -493,8 +493,11 @@ def claims(results):
                     for task in ("chat", *data.REASONING)}],
         ["larger steps, divided by the std, exploit the reward model: in chat its rate "
          "of wins is 5 points or more above gold's, and pass@1 falls by 5 points or more", recipe,
-         lambda of: after_dev3(of, "r1_hacked") + more_gold(of, "r1_hacked"),
+         lambda of: after_dev3(of, "r1_hacked"),
          lambda s: happier(s, "r1_hacked") >= 0.05 and gained(s, "r1_hacked") <= -0.05],
+        ["... while gold reward, which counts friendly words as well, rises above dev3's", recipe,
+         lambda of: more_gold(of, "r1_hacked"),
+         lambda s: s["r1_hacked"]["chat"]["gold_reward"] > s["dev3"]["chat"]["gold_reward"]],
         ["distillation brings a model a quarter as large to within 10 points of r1 in each task",
          recipe, lambda of: f"small_base {four(of, 'small_base')} → distill "
          f"{four(of, 'distill')}; r1 {four(of, 'r1')} %",
