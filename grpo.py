@@ -23,8 +23,8 @@ estimated from samples:
 So sample, and push each sample's log-probs up in proportion to its reward. Any baseline b that does
 not depend on the sample may be subtracted from the reward: E[b grad log pi] = b grad sum_o pi(o) =
 b grad 1 = 0, so the expected gradient stays, and choosing b near the mean reward lowers its
-variance. As b, PPO, the usual algorithm before GRPO, takes what a second network predicts at each
-token, the reward to come; GRPO takes the mean of the group (which includes r itself: see below).
+variance. PPO, the usual algorithm before GRPO, has a second network predict the reward to come at
+each token, and takes that as b; GRPO takes the group's mean (which includes r itself: see below).
 
 For every problem q sample o_1 ... o_G from the policy, and reward them with r_1 ... r_G. pi_old is
 the policy that sampled, and stays as it was while pi is trained. All tokens o_t of a completion
@@ -240,8 +240,8 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
 
 def optimiser_step(policy, ref, optimizers, batch, cfg):
     """One step on a list of Samples -> its metrics, as floats. If all advantages are 0, no step is
-    taken. Missing are those in MEANS if no sample is left to measure, and "skipped", 1 if gradients
-    were not finite, if no step was due."""
+    taken. Left out: those in MEANS if no sample is left to measure; "skipped" (1: gradients were
+    not finite) if no step was due."""
     N, device = len(batch), next(policy.parameters()).device
     batch = [sample for sample in batch if not (cfg.mask_truncated and sample.truncated)]
     batch.sort(key=len, reverse=True)  # rows of like length together: little padding

@@ -441,9 +441,9 @@ class RewardModel(nn.Module):
     preferred to another.
 
     The head sees a token as the LM head does: through the products, of the hidden state before it
-    and its embedding, that add up to its logit. It learns a weight for each of these, and so has at
-    hand how well a token fits what was asked, such as a name to be copied. The usual head, on the
-    hidden state at the token, only learnt here which names are likelier in good answers."""
+    and its embedding, that add up to its logit. It learns a weight for each (0 at first): how well
+    a token fits what was asked, such as a name to be copied, is there to be read. The usual head,
+    on the hidden state at the token, preferred names that are likelier in good answers."""
 
     def __init__(self, cfg, gpt=None):
         super().__init__()

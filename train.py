@@ -209,13 +209,13 @@ def names(cls, *left_out):
     return [f.name for f in fields(cls) if f.name not in left_out]
 
 
-# What a stage has learnt from. With another value of these it is not resumed, nor built upon: the
-# result would be a mixture of two runs.
+# What a stage has learnt from. With another value of these it is not resumed: the result would be a
+# mixture of two runs. A finished one is built upon if those in INHERITED and READING match.
 CORPUS = ["task", "n_numbers", "max_number", "ops"]
 READING = ["base_steps", "base_lr", "base_rows", "base_length"]
 BASE = ["init_from", "seed", *CORPUS, "base_optimizer", *names(GPTConfig)]
 INHERITED = [*BASE, *names(DataConfig, "eval_problems", "mix", *CORPUS), "base", "traces",
-             "lora_rank", "lora_alpha"]  # BASE: a stage grown from another one is of another run
+             "lora_rank", "lora_alpha"]  # with another base it is another run
 ROUNDING = ["autocast", "sample_dtype", "matmul"]
 RESUME_KEYS = {  # what may not change once a stage has begun, by its kind
     "base": [*BASE, *READING, "autocast", "matmul"],

@@ -141,11 +141,11 @@ def test_what_the_readme_says_of_r1_and_of_distillation_is_in_the_results_file()
     assert len(gains) == 5 and gains[1] > 0 and "in four seeds of five" in prose
     assert f"by {gains[1]} to {gains[-1]} points, in the fifth by {-gains[0]} less" in prose
     hacked = [stages["r1_hacked"] for stages in recipe if "r1_hacked" in stages]
-    spans = [results.span([found[a][b] for found in hacked]) for a, b in (
+    shown = [results.by_seed([found[a][b] for found in hacked]) for a, b in (
         ("chat", "pass@1"), ("win_rate", "reward_model"), ("win_rate", "gold"))]
     said = ("Of r1_hacked's answers in chat {} % are right; of those that differ from dev3's, the "
             "reward model prefers {} %, `gold_reward` {} %")
-    assert said.format(*spans) in prose
+    assert said.format(*shown) in prose
     pairs = [(stages["distill"][task], stages["small_zero"][task]) for stages in recipe
              if "distill" in stages for task in data.REASONING]
     ahead = [100 * (distill["pass@1"] - rl["pass@1"]) for distill, rl in pairs]
