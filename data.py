@@ -58,10 +58,6 @@ class DataConfig:
             raise UserError(f"ops={self.ops!r} must be some of + - * /, and not just /")
         if self.shots and self.template == "toy":
             raise UserError(f"shots={self.shots} needs another template than toy")
-        shown = {example.task for example, *_ in EXAMPLES}
-        if self.shots and set(self.shares()) - shown:
-            raise UserError(f"shots={self.shots}: there are only worked examples of "
-                            f"{', '.join(shown)}, not of {', '.join(set(self.shares()) - shown)}")
         if self.task == "file" and not self.data:
             raise UserError("task=file needs --data=FILE")
         if self.eval_data and not self.data:
@@ -69,13 +65,11 @@ class DataConfig:
         for path, problems in self.files().items():
             if not self.eval_data and len({problem.held_out for problem in problems}) < 2:
                 raise UserError(f"data={path}: {len(problems)} problems are too few to split")
-        for name, share in self.shares().items():
-            if name not in TASKS or name == "file" and not self.data or not share > 0:
-                raise self.bad_mix()
-
-    def bad_mix(self):
-        return UserError(f"mix={self.mix!r} must be {', '.join(TASKS)} or task, with shares, such "
-                         f"as task:2,chat:1")
+        shown = dict.fromkeys(example.task for example, *_ in EXAMPLES)
+        others = [task for task in self.shares() if task not in shown]
+        if self.shots and others:
+            raise UserError(f"shots={self.shots}: there are only worked examples of "
+                            f"{', '.join(shown)}, not of {', '.join(others)}")
 
     def files(self):
         """{path: its problems} of the files that were given."""
@@ -87,15 +81,17 @@ class DataConfig:
         return tuple(REASONING) if self.task == "all" else (self.task,)
 
     def shares(self):
-        """{task: its share of the training problems}. Raises UserError if one is not a number."""
+        """{task: its share of the training problems}. Raises UserError if `mix` makes no sense."""
         shares = Counter()
         for part in (self.mix or "task").split(","):
             name, _, share = part.strip().partition(":")
-            if not re.fullmatch(r"\d{1,6}(\.\d{1,6})?", share or "1"):
-                raise self.bad_mix()
-            tasks = self.tasks() if name == "task" else (name,)
+            share, tasks = share or "1", self.tasks() if name == "task" else (name,)
+            known = set(tasks) <= set(TASKS) and (self.data or "file" not in tasks)
+            if not (known and re.fullmatch(r"\d{1,6}(\.\d{1,6})?", share) and float(share)):
+                raise UserError(f"mix={self.mix!r} must be {', '.join(TASKS)} or task, with "
+                                f"shares, such as task:2,chat:1")
             for task in tasks:
-                shares[task] += float(share or "1") / len(tasks)
+                shares[task] += float(share) / len(tasks)
         return dict(shares)
 
 
@@ -234,7 +230,7 @@ def load_tokenizer(folder=""):
 class Problem:
     task: str           # a key of TASKS
     question: str
-    numbers: tuple      # those in the question, if its answer is to be checked with them
+    numbers: tuple      # those in the question, by which it is held out; in code x, y, x, y
     target: int | str   # the value to make or to find; for other tasks the answer as text
 
     @property
@@ -462,7 +458,7 @@ def decimal(text):
 @cache
 def file_problems(path, question_key="question", answer_key="answer"):
     """Reads a JSONL file. An answer may be a solution, which ends in `#### 72` (as in GSM8K) or
-    has a \\boxed{72} (MATH). The list is kept, and `leave_out_long` shortens it for all."""
+    has a \\boxed{72} (MATH). The list is kept, and `leave_out` shortens it for all."""
     def problem(line):
         entry = json.loads(line, parse_float=decimal)  # 0.50 stays as written, NaN a float
         question, answer = entry.get(question_key), entry.get(answer_key)
@@ -503,26 +499,21 @@ def read_each(path, parse, what):
     return found
 
 
-def leave_out_long(cfg, tok, room):
+def leave_out(cfg, tok, room):
     """Removes from the lists that `file_problems` caches the problems whose prompts are longer than
     `room` tokens, and training problems that are also in `eval_data`."""
-    def keep(path, fits, why):
-        problems = files[path]
-        n = len(problems)
-        problems[:] = [problem for problem in problems if fits(problem)]
-        if len(problems) < n:
-            print(f"{path}: {n - len(problems)} of {n} problems are left out, {why}")
-
-    files = cfg.files()
+    files, asked = cfg.files(), set()
     if files and room < 1:
         raise UserError("max_new_tokens leaves no room in the context for prompts: lower it")
-    for path in files:
-        keep(path, lambda problem: len(prompt_ids(problem, tok, cfg)) <= room,
-             f"their prompts are longer than context - max_new_tokens = {room}")
-    if cfg.eval_data and cfg.eval_data != cfg.data:
-        asked = {problem.canonical for problem in files[cfg.eval_data]}
-        keep(cfg.data, lambda problem: problem.canonical not in asked,
-             f"which are in {cfg.eval_data} as well")
+    for path, problems in reversed(files.items()):  # `eval_data` first
+        kept = [problem for problem in problems if problem.canonical not in asked
+                and len(prompt_ids(problem, tok, cfg)) <= room]
+        if len(kept) < len(problems):
+            why = f", or they are in {cfg.eval_data} as well" * bool(asked)
+            print(f"{path}: {len(problems) - len(kept)} of {len(problems)} problems are left out: "
+                  f"their prompts are longer than context - max_new_tokens = {room}{why}")
+        problems[:] = kept
+        asked = {problem.canonical for problem in kept}
 
 
 def draw_from_file(cfg, rng):
@@ -535,9 +526,10 @@ def draw_problem(cfg, rng, task=None, held_out=False):
     if task is None:
         tasks, shares = zip(*cfg.shares().items(), strict=True)
         task = rng.choices(tasks, shares)[0] if len(tasks) > 1 else tasks[0]
-    for problem in draws(cfg, rng, task, held_out, 20_000):
-        return problem
-    raise no_problem(cfg, task, held_out)
+    problem = next(draws(cfg, rng, task, held_out, 20_000), None)
+    if not problem:
+        raise no_problem(cfg, task, held_out)
+    return problem
 
 
 def draws(cfg, rng, task, held_out, tries):
@@ -673,7 +665,7 @@ def stops(tok, cfg):
         text = b""
         for n, id in enumerate(ids, start=1):
             text += tok.bytes_of.get(id, b"")
-            if text.rfind(b"</answer>", -100) >= 0:
+            if b"</answer>" in text[-100:]:
                 return n
         return 0
 
@@ -681,7 +673,8 @@ def stops(tok, cfg):
 
 
 def prompt_text(problem, cfg):
-    """The prompt for the reward model and samples.jsonl: just the question."""
+    """The prompt as the reward model and samples.jsonl have it: all of the toy's, else the
+    question alone."""
     return problem.prompt if cfg.template == "toy" else in_words(problem, cfg) + "\n"
 
 
@@ -968,10 +961,12 @@ def answers_in(messages, tok, cfg):
     """(prompt ids, completion ids) of every answer in a chat. The users' texts go into cfg's
     template, whose system message replaces theirs."""
     _, turn, end = TEMPLATES[cfg.template]
-    ids, rows = [], []
+    ids, rows, last = [], [], ""
     for role, text in [(message["role"], message["content"]) for message in messages]:
-        if role not in ("system", "user", "assistant") or not (type(text) is str and text.strip()):
+        known = role == "system" or role in ("user", "assistant") and role != last  # they alternate
+        if not (known and type(text) is str and text.strip()):
             raise ValueError(f"{role}: {text!r}")
+        last = last if role == "system" else role
         if role == "user" and not ids:
             ids = prompt_ids(Problem("file", text, (), ""), tok, cfg)
         elif role == "user":
@@ -1038,7 +1033,8 @@ def split_pattern(pre_tokenizer):
             return GPT2_PATTERN
         case [{"type": "Digits", "individual_digits": True}], True:  # SmolLM2: digits one by one
             return r"\p{N}|\s+(?=\p{N})|" + GPT2_PATTERN
-        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}], False:
+        case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+               "invert": False}], False:
             return pattern
     return None
 
@@ -1073,6 +1069,8 @@ def tokenizer_from_hf(folder):
             "two tokens share an id": len(set(ids)) < len(ids),
             "an id is out of range": not all(0 <= id < 2**24 for id in ids),
             "a byte has no token": not all(bytes([b]) in ranks for b in needed),
+            "a token has no merge": not bpe.get("ignore_merges") and not set(products) >= {
+                id for piece, id in ranks.items() if len(piece) > 1},
             # tiktoken merges the pair whose product has the lowest id, others the pair listed first
             "its merges are not in the order of their ids": products != sorted(products),
         }
@@ -1120,11 +1118,8 @@ def documents_read(cfg, tok, rng, steps):
     for _ in range(steps):
         rows, _ = corpus_batch(cfg, tok, rng, 12, 353)  # base_rows, base_length + 1
         for row in rows.tolist():
-            start = 0
-            for end, token in enumerate(row):
-                if token == tok.end_id:
-                    yield tok.decode(row[start:end])
-                    start = end + 1
+            text = tok.decode([0 if id == tok.end_id else id for id in row])  # byte 0 for the end
+            yield from text.split("\0")[:-1]
 
 
 def count_habits(text, cfg):
@@ -1154,20 +1149,19 @@ def main(task="countdown"):
         print(*document(cfg, rng), sep="", end="\n\n")
     if task != "countdown":
         return
-    attempts, missed = [], []
+    habits, missed = Counter(), []
     tireless = Habits(chinese=0.0, layout="full", checks=True, patience=99)
     for text in documents_read(cfg, tok, rng, 200):
         if found := count_habits(text, cfg):
-            attempts.append(found[1])
+            habits.update(found[1])
             lines, _ = write_countdown(found[0], cfg, tireless, rng)
             missed.append(sum(line.endswith(WORDS["miss"][0]) for line in lines))
-    shares = {habit: 100 * sum(shown[habit] for shown in attempts) / len(attempts)
-              for habit in attempts[0]}
-    print(f"{len(attempts):,} attempts at puzzles that can be solved: "
-          + ", ".join(f"{habit} {share:.1f} %" for habit, share in shares.items()))
-    solved = [100 * sum(n < patience for n in missed) / len(missed) for patience in (3, 12, 18, 30)]
+    n = len(missed)
+    print(f"{n:,} attempts at puzzles that can be solved: "
+          + ", ".join(f"{habit} {100 * count / n:.1f} %" for habit, count in habits.items()))
+    solved = [f"{100 * sum(m < most for m in missed) / n:.1f}" for most in (3, 12, 18, 30)]
     print(f"an author who checks and gives up after 3 / 12 / 18 / 30 misses solves "
-          f"{' / '.join(f'{share:.1f}' for share in solved)} % of such puzzles")
+          f"{' / '.join(solved)} % of such puzzles")
 
 
 if __name__ == "__main__":

@@ -325,9 +325,9 @@ class KVCache:
     def keep(self, rows):
         """Keeps only `rows` (a long tensor), moved to the front in place, which is faster than a
         copy of the whole."""
-        n, used = len(rows), self.used
-        self.k[:n, :, :used] = self.k[rows, :, :used]
-        self.v[:n, :, :used] = self.v[rows, :, :used]
+        n = len(rows)
+        for x in (self.k, self.v):
+            x[:n, :, :self.used] = x[rows, :, :self.used]
         self.k, self.v = self.k[:n], self.v[:n]
 
 
@@ -447,16 +447,13 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
     last = torch.tensor(lens, device=device) - 1
     caches = [PrefillCache() for _ in model.blocks]
     h = model.trunk(padded, caches=caches)[torch.arange(len(prompts), device=device), last]
-    logits = model.head(h)
-    logits = logits.repeat_interleave(group_size, 0)
+    logits = model.head(h).repeat_interleave(group_size, 0)
     caches = [cache.share(group_size, L + max_new_tokens) for cache in caches]
     prompt_lens = (last + 1).repeat_interleave(group_size)
 
     # ---- Decode: all rows write the same cache column L + t, while each row's position goes on
     # from its own prompt; the columns between a short prompt's end and L stay hidden
     use_graphs = device.type == "cuda" if static is None else static
-    # inference_mode has less overhead, which matters for few rows; a GPU uses graphs instead.
-    no_grad = torch.inference_mode if device.type == "cpu" else torch.no_grad
     decoder = StaticDecoder(model, caches) if use_graphs else None
     visible = None  # all columns are
     if decoder or min(lens) < L:
@@ -492,7 +489,7 @@ def generate(model, prompts, group_size=1, max_new_tokens=128, temperature=1.0, 
             logits = decoder(token, position, visible, L + t)
         else:
             mask = visible[..., :L + t + 1] if visible is not None else None
-            with no_grad():
+            with torch.inference_mode():  # has less overhead, which matters for few rows
                 logits = model.head(model.trunk(token[:, None], position, caches, mask)[:, -1])
 
     if new_logp.isnan().any():
@@ -667,8 +664,8 @@ def apply_gradients(model, optimizers, max_norm):
 def atomic_write(path):
     """Opens `path` for writing bytes so that it ends up complete or unchanged: a temporary file,
     flushed to disk, then renamed. Raises UserError if it cannot be written."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path + ".tmp", "wb") as f:
             yield f
             f.flush()

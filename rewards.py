@@ -87,7 +87,7 @@ VERDICT = re.compile(rf"\b(?:{'|'.join(word.strip() for word in WORDS['miss'] + 
 def retries(text):
     """Whether a completion checks a result against the target, misses, and checks another. Only
     evaluations count this; nothing rewards it."""
-    return any(verdict.startswith(MISS) for verdict in VERDICT.findall(text)[:-1])
+    return any(verdict in MISS for verdict in VERDICT.findall(text)[:-1])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -155,8 +155,7 @@ def parse_expression(text, x=None):
             (terms, less), (added, taken) = terms_of(node, ops), terms_of(other, ops)
             if op in "-/":
                 added, taken = taken, added
-            value = APPLY[op](node.value, other.value)
-            node = Node(value, ops, terms + added, less + taken)
+            node = Node(APPLY[op](node.value, other.value), ops, terms + added, less + taken)
         return node
 
     try:
@@ -258,7 +257,7 @@ UNSPACED = ("han", "kana", "thai")  # two letters count as one word
 MAX_READ = 10_000  # characters of the thinking that are checked for language and emoji
 
 
-LETTER = "[A-Za-z\u00c0-\u024f\u1e00-\u1eff\u0370-\u03ff]"
+LETTER = f"[{SCRIPTS['latin']}{SCRIPTS['greek']}]"
 FORMULA = re.compile(rf"\\[a-zA-Z]+|(?<!{LETTER})[a-zA-Zα-ωΑ-Ω](?!{LETTER})")  # \frac, x
 
 
@@ -279,9 +278,10 @@ def one_language(problem, text):
     thinking, formulas = split_completion(text)[0], problem.task == "file"
     asked = count_words(problem.question, formulas)
     words = count_words(text if thinking is None else thinking, formulas)
+    if asked["kana"]:  # Japanese is written in both
+        for found in (asked, words):
+            found["han"] += found.pop("kana")
     total, script = sum(words.values()), max(asked, key=asked.get)
-    if asked["kana"] and script in ("han", "kana"):  # Japanese is written in both
-        return (words["han"] + words["kana"]) / total if total else 1.0
     return words[script] / total if total else 1.0
 
 
@@ -300,7 +300,7 @@ def overlong_penalty(lengths, limit):
     """Soft overlong penalty: lengths in tokens and the most there may be -> 0 up to 80 % of that,
     then falling to -1 (DAPO, arXiv 2503.14476, eq. 13)."""
     start = 0.8 * limit
-    return [-min(1.0, max(0.0, (length - start) / (limit - start))) for length in lengths]
+    return [min(0.0, max(-1.0, (start - length) / (limit - start))) for length in lengths]
 
 
 ENDS_WITH_EMOJI = re.compile(
@@ -532,20 +532,17 @@ BRACES = [  # the same for nested braces: replaced from the inside out, in sever
      r"(?=([a-z^!]|(?<=\})[0-9]| *\\(?!pm|mp|[gln]e|c[au]p)| +[a-z](?<![mglsh])(?![a-z]))?)",
      fraction)]
 NAME = re.compile(r"(^|, ?)(?:\\?[^\W\d]\w*|\w\(\w\)|\(\w(?:, ?\w)*\)) ?= ?")  # x =, f(x) =
-MATHS = ("(?:arc)?(?:sin|cos|tan)[xyz]?|log|exp|sqrt|plus|minus|over|divided|squared|cubed|"
-         "factorial|infinity|not|and|mod|choose|point|negative|half|halves|thirds?|lakhs?|crores?|"
-         "root|radical|tens|quadrillions?|csc|cot|(?:sin|cos|tan)h|epsilon|rho|tau|"
-         "(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|hundred|thousand|"
-         "(?:thir|four|fif|six|seven|eigh|nine)teen)ths?|"
-         "alpha|beta|gamma|delta|theta|lambda|sigma|omega|phi|psi|two|three|four|five|six|seven|"
-         "eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
-         "(?:twen|thir|for|fif|six|seven|eigh|nine)ty|"
-         "(?:hundred|thousand|[mb]illion|trillion)s?|[a-z]+illi(?:on|ard)(?:th)?s?|mil|mille|twice|"
-         "imaginary|kappa|zeta|eta|abs|sgn|arg|det|gcd|lcm|max|integral|modulo|inverse|reciprocal|"
-         "hex|binary|octal|gross|score|without|except|wrong|under|zero|"
-         "repeating|recurring|multiplied|raised to|added|subtracted|greater|"
-         "(?:twen|thir|for|fif|six|seven|eigh|nine)tieths?|double|percent|below|"
-         "(?:less|fewer|more) than|times (?!(?:per|an?|each|every) )\\w+")  # words, but no units
+MATHS = (  # words, but no units
+    "(?:arc)?(?:sin|cos|tan)[xyzh]?|csc|cot|log|exp|sqrt|abs|sgn|arg|det|gcd|lcm|max|mod|modulo|"
+    "plus|minus|over|divided|multiplied|added|subtracted|squared|cubed|root|radical|factorial|"
+    "choose|integral|inverse|reciprocal|imaginary|infinity|point|negative|alpha|beta|gamma|delta|"
+    "epsilon|zeta|eta|theta|kappa|lambda|rho|sigma|tau|phi|psi|omega|zero|two|three|five|eight|"
+    "nine|twelve|(?:four|six|seven|eleven)(?:ths?)?|(?:fif|eigh|nin|twelf)ths?|"
+    "(?:twen|thir|fou?r|fif|six|seven|eigh|nine)t(?:een(?:ths?)?|y|ieths?)|"
+    "(?:ten|hundred|thousand)(?:s|ths?)?|[a-z]+illi(?:on|ard)(?:th)?s?|mil|mille|lakhs?|crores?|"
+    "half|halves|thirds?|twice|double|hex|binary|octal|gross|score|not|and|without|except|wrong|"
+    "under|below|repeating|recurring|percent|greater|raised to|(?:less|fewer|more) than|"
+    "times (?!(?:per|an?|each|every) )\\w+")
 UNIT = (r"_[1-9][0-9]?|"  # base 9; or km/h, apples, ...
         r"(?: ?(?:[ackmp]m|[km]g|ml|ft|in|hr|oz|lb|sq|"
         r"(?![分成折割])"
@@ -629,7 +626,7 @@ def verify_written(problem, answer):
     question asked for a percentage (we assume so if the target is above 1)."""
     if max(len(answer), len(problem.target)) > MAX_ANSWER:  # the same words
         words, wanted = (" ".join(text.lower().split()) for text in (answer, problem.target))
-        return words if words == wanted else words[:MAX_ANSWER], words == wanted
+        return words, words == wanted
     if answer == problem.target:  # also where `plain` leaves nothing of it, as of a lone =
         return canonical(plain(answer)) or answer, True
     got, want = plain(answer), plain(problem.target)
@@ -639,15 +636,13 @@ def verify_written(problem, answer):
     number, goal = parse_number(got), parse_number(want)
     if not (number and goal) or number[2] and goal[2] and number[2] != goal[2]:
         form = canonical(got)
-        # Otherwise 1,234 and 234,1 would be the same list.
-        same_kind = not goal or bool(number)
-        is_same = same_kind and form != "" and form == canonical(want)
-        if not is_same and form == right_form:
-            return None, False  # 234,1 must not vote for 1,234
-        return (right_form if is_same else form or None), is_same
+        # The list 234,1 is not the number 1,234, and must not vote for it either.
+        if form and form == canonical(want) and (number or not goal):
+            return right_form, True
+        return None if form in ("", right_form) else form, False
     (value, percent, _), (target, target_percent, _) = number, goal
-    shares = value / (100 if percent else 1), target / (100 if target_percent else 1)
-    if shares[0] == shares[1] or value == target and (abs(target) > 1 or target_percent):
+    same_share = value * 100**target_percent == target * 100**percent
+    if same_share or value == target and (abs(target) > 1 or target_percent):
         return right_form, True
     return str(value) + "%" * percent, False
 

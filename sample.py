@@ -270,7 +270,7 @@ def open_checkpoint(given, path="", beside=None):
     if model.cfg.vocab_size < tok.n_vocab:
         raise UserError(f"{path}: its vocab_size is {model.cfg.vocab_size}, and the tokenizer has "
                         f"{tok.n_vocab} ids")
-    data.leave_out_long(cfg.data, tok, model.cfg.context - cfg.grpo.max_new_tokens)
+    data.leave_out(cfg.data, tok, model.cfg.context - cfg.grpo.max_new_tokens)
     return path, model, tok, cfg
 
 

@@ -786,7 +786,7 @@ def plan(words, given):
                 raise UserError(f"{run.dir} grew from an earlier {other}: delete it and the stages "
                                 f"after it, or choose another --out_dir")
     cfg, tok = run.cfg, run.tok
-    data.leave_out_long(cfg.data, tok, cfg.model.context - cfg.grpo.max_new_tokens)
+    data.leave_out(cfg.data, tok, cfg.model.context - cfg.grpo.max_new_tokens)
     lengths = longest_prompt(cfg, tok)  # all stages draw from the same problems
     for run in runs.values():
         run.prompt_lengths = lengths

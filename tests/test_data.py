@@ -195,7 +195,7 @@ def test_what_the_test_split_asks_is_not_trained_on(tmp_path, capsys):
     tests = [{"question": "And 1?", "answer": 1}, ROWS[0], {"question": respelt, "answer": 1}]
     cfg = DataConfig(data=write_rows(tmp_path / "train.jsonl", ROWS),
                      eval_data=write_rows(tmp_path / "test.jsonl", tests))
-    data.leave_out_long(cfg, TOK, 1000)
+    data.leave_out(cfg, TOK, 1000)
     drawn = {draw_problem(cfg, random.Random(n)).question for n in range(300)}
     assert drawn == {row["question"] for row in ROWS} - {ROWS[i]["question"] for i in (0, 3)}
     assert f"2 of {len(ROWS)} problems are left out" in capsys.readouterr().out
@@ -214,12 +214,12 @@ def test_problems_too_long_for_the_context_are_left_out_and_counted(tmp_path, ca
     cfg = DataConfig(data=write_rows(tmp_path / "d.jsonl", rows))
     problems = data.file_problems(cfg.data, "question", "answer")
     longest = len(data.prompt_ids(problems[-1], TOK, cfg))
-    data.leave_out_long(cfg, TOK, longest)
+    data.leave_out(cfg, TOK, longest)
     assert "1 of 42 problems are left out" in capsys.readouterr().out
     assert max(len(p.question) for p in problems) == 80
-    data.leave_out_long(cfg, TOK, longest)
+    data.leave_out(cfg, TOK, longest)
     assert capsys.readouterr().out == ""
-    data.leave_out_long(cfg, TOK, 1)
+    data.leave_out(cfg, TOK, 1)
     with pytest.raises(UserError, match="no problem is left to train on"):
         draw_problem(cfg, random.Random(0))
 
@@ -718,4 +718,4 @@ def test_no_room_for_a_prompt_is_said_in_those_words(tmp_path):
     path.write_text("\n".join(lines))
     cfg = DataConfig(data=str(path), template="base")
     with pytest.raises(UserError, match="leaves no room in the context"):
-        data.leave_out_long(cfg, TOK, -4)
+        data.leave_out(cfg, TOK, -4)

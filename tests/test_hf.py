@@ -469,6 +469,7 @@ FOREIGN = [  # what of a tokenizer.json is changed, to what, and a word of the r
     (("model", "byte_fallback"), True, "byte-level"),
     (("model", "merges"), [["a"]], "tokenizer.json"),
     (("model", "merges"), REVERSED, "order"),
+    (("model", "merges", 0), REMOVED, "no merge"),
     (("model", "vocab", "zz"), 5, "share an id"),
     (("model", "vocab", "zz"), -1, "out of range"),
     (("model", "vocab", "zz"), "7", "tokenizer.json"),
@@ -476,6 +477,9 @@ FOREIGN = [  # what of a tokenizer.json is changed, to what, and a word of the r
     (("model",), REMOVED, "tokenizer.json"),
     (("pre_tokenizer",), {"type": "Metaspace"}, "pre_tokenizer"),
     (("pre_tokenizer",), None, "pre_tokenizer"),
+    (("pre_tokenizer",), {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "[a-z]+"}, "behavior": "Isolated", "invert": True},
+        {"type": "ByteLevel", "use_regex": False}]}, "pre_tokenizer"),
     (("normalizer",), {"type": "NFKC"}, "NFKC"),
     (("added_tokens", 0, "lstrip"), True, "strips"),
 ]

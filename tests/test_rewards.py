@@ -483,6 +483,8 @@ def test_formulas_are_no_words_of_a_language():
     assert one_language(asked, f"<think>{words}</think>{GOOD}") == 3 / 4
     asked = data.Problem("file", "What is the area of a circle of radius r?", (), "5")
     assert one_language(asked, f"<think>take \u03c0 and \u03b8 of it</think>{GOOD}") == 1
+    asked = data.Problem("file", "\u6c42 3 \u00d7 x", (), "12")
+    assert one_language(asked, f"<think>\u5148\u7b97 3\u00d7x</think>{GOOD}") == 1
 
 
 def test_a_wrong_answer_in_the_form_of_the_right_one_does_not_vote():

@@ -1748,7 +1748,9 @@ def test_zero_starts_from_anybodys_traces(folder, tmp_path, capsys):
     "{", "3", '{"prompt": "a"}', '{"prompt": "a", "completion": ""}', '{"messages": []}',
     '{"prompt": 3, "completion": "b"}', '{"messages": [{"role": "user", "content": "a"}]}',
     '{"messages": [{"role": "robot", "content": "a"}]}', '{"messages": [3]}',
-    '{"messages": [{"role": "assistant", "content": null}]}'])
+    '{"messages": [{"role": "assistant", "content": null}]}',
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, '
+    '{"role": "assistant", "content": "c"}]}'])
 def test_a_bad_trace_is_named_by_its_line(folder, tmp_path, capsys, line):
     path = tmp_path / "traces.jsonl"
     path.write_text(json.dumps(TRACES[0]) + "\n\n" + line + "\n")
