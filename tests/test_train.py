@@ -1179,17 +1179,18 @@ def test_the_hacked_run_has_larger_steps_and_divides():
                                          data.load_tokenizer()).settings()
                       for name in ("r1", "r1_hacked"))
         assert {key for key in r1 if r1[key] != hacked[key]} == {"rl_lr", "adv_norm"}
-        assert hacked["rl_lr"] == pytest.approx(5 * r1["rl_lr"]) and hacked["adv_norm"] == "std"
+        assert hacked["rl_lr"] == pytest.approx(10 * r1["rl_lr"]) and hacked["adv_norm"] == "std"
 
 
 def test_of_eight_answers_one_is_to_another_request_and_two_are_slips(tmp_path, monkeypatch):
-    problems = [data.Problem("chat", f"repeat {w}", (), w) for w in ("cat", "dog", "owl")]
-    texts = [[f"{i}{j}" for j in range(8)] for i in range(3)]
+    problems = [data.Problem("chat", f"repeat {w}", (), w) for w in ("cat", "dog", "cat", "owl")]
+    texts = [[f"{i}{j}" for j in range(8)] for i in range(4)]
     monkeypatch.setattr(train, "source_samples", lambda *args: (problems, texts))
     monkeypatch.setattr(train, "with_a_slip", lambda text, tok, rng: text + "'")
     train.annotate(train.Run("reward_model", {"out_dir": str(tmp_path)}), False)
     for i, said in enumerate(texts):
-        assert said[1] in {"01", "11", "21"} - {f"{i}1"}
+        others = {f"{j}1" for j in range(4) if problems[j].target != problems[i].target}
+        assert said[1] in others  # of the same target it would be right, too
         assert said[:1] + said[2:] == [f"{i}{x}" for x in ("0", "2", "2'", "4", "5", "6", "6'")]
 
 
