@@ -711,7 +711,7 @@ class Stage:
 SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "mlp_dim": 128}
 SHORT_RL = {"rl_steps": 30}
 ALL_SCENARIOS = {"mix": "task:1,chat:2,unsafe:1", "w_language": 0.5, "w_preference": 0.5,
-                 "w_harmless": 4.0, "rl_steps": 70, "rl_decay": 0.3}
+                 "w_harmless": 10.0, "rl_steps": 70, "rl_decay": 0.3}
 STAGES = {  # whatever a stage needs is above it; numbers were found by trial and error
     "base": Stage(train_base, "base", None, None, {}),
     "sft": Stage(train_traces, "sft", "base", None, {}),
