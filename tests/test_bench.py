@@ -13,7 +13,7 @@ import data
 import rewards
 import sample
 from grpo import Sample
-from model import Completion, Linear, generators, load_checkpoint
+from model import Completion, Linear, UserError, generators, load_checkpoint
 
 TOK = data.load_tokenizer()
 OTHERS = ["--problems=3", "--threads=1", "--device=cpu"]
@@ -131,6 +131,34 @@ def test_cooler_samples_are_those_of_an_evaluation_at_that_temperature(finished,
     likely, more = evidence_rows([{"cooler": {"tasks": ["a"], "cooler": {"a": curves}}}])
     assert likely[2:] == ["40.0 → 95.0, tags demanded 10.0 → 0.0", "yes"]
     assert more[2:] == ["zero 90.0, base 95.0 %", "**no**: a (fails in 1 of 1)"]
+
+
+def test_requests_compares_two_stages_request_by_request(monkeypatch, tmp_path):
+    right = {"dev3": [1, 1, 1, 0, 0, 0, 1, 1], "r1": [1, 1, 1, 1, 1, 0, 0, 1]}  # 4 requests x 2
+
+    def evaluate(model, tok, problems, k, cfg, temperature):
+        assert (len(problems), k) == (4, 2) and {p.task for p in problems} == {"chat"}
+        return {"pass@1": sum(right[model]) / 8}, [{"right": bool(x)} for x in right[model]]
+
+    monkeypatch.setattr(sample, "evaluate", evaluate)
+    models = {"zero": "zero", "dev3": "dev3", "r1": "r1"}
+    monkeypatch.setattr(evidence, "open_run", lambda *args: (TOK, sample.Config(), models))
+    args = evidence.EvidenceConfig(problems=4, samples=2)
+    report = evidence.requests(args, {"out_dir": str(tmp_path)}, "")
+    chat = report["chat"]
+    gains = [0.0, 0.5, 0.5, -0.5]  # by request: mean 1/8, variance 0.6875 / 3
+    half = 1.96 * (sum((gain - 1 / 8) ** 2 for gain in gains) / 3 / 4) ** 0.5
+    assert chat["gain"] == pytest.approx(1 / 8)
+    assert chat["gain_ci"] == pytest.approx([1 / 8 - half, 1 / 8 + half])
+    for problems, low, high, verdict in ((500, -0.02, 0.01, "yes"), (4, 0.0, 0.1, "no"),
+                                         (500, -0.03, -0.01, "no")):
+        of = {"tasks": ["chat"], "problems": problems, "chat": {**chat, "gain_ci": [low, high]}}
+        [row] = evidence_rows([{"requests": of}])
+        assert row[3].startswith(verdict if verdict == "yes" else "**no**")
+        assert row[2] == f"62.5 → 75.0 %; points: {100 * low:+.1f} to {100 * high:+.1f}"
+    del models["r1"]
+    with pytest.raises(UserError, match="no r1"):
+        evidence.requests(args, {"out_dir": str(tmp_path)}, "")
 
 
 def answered(text, truncated=False):

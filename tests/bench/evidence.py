@@ -7,6 +7,7 @@
     python tests/bench/evidence.py cooler --out_dir=out1    # base and zero at lower temperatures
     python tests/bench/evidence.py steps --out_dir=out1     # accuracy and length over the RL steps
     python tests/bench/evidence.py unread --out_dir=out-all # a small base without patient authors
+    python tests/bench/evidence.py requests --out_dir=out-all  # dev3 and r1, many requests in chat
     python tests/bench/evidence.py draw --to=assets         # pictures of all of assets/results.json
     python tests/bench/evidence.py draw out1 out2 --to=.    # ... or of these runs
     python tests/bench/evidence.py rows out1 out2           # rows for the table of claims
@@ -22,6 +23,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from unittest.mock import patch
 
+import torch
 from tqdm import tqdm
 
 sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", ".."))
@@ -48,7 +50,7 @@ from model import (  # noqa: E402
 @dataclass
 class EvidenceConfig:
     to: str = opt("", "JSON file to write; none = out_dir/evidence/COMMAND.json. For draw a folder")
-    problems: int = opt(200, "held-out problems of each task, for passk, budget and cooler",
+    problems: int = opt(200, "held-out problems of each task, for passk, budget, cooler, requests",
                         least=1)
     samples: int = opt(0, "samples of each; 0 = 256 for passk, else 16", least=0)
     every: int = opt(20, "RL steps between the evaluations of `steps`", least=1)
@@ -274,6 +276,24 @@ def cons(verdicts, k, n):
     return sum(map(sample.majority_vote, groups)) / len(groups)
 
 
+def requests(args, given, path):
+    """dev3 and r1 asked the same requests in chat, more of them than in an evaluation -> pass@1 of
+    both, and by how much r1 is right more often: mean over requests, 95 % interval of it."""
+    (tok, cfg, models), k = open_run(given, ("zero", "dev3", "r1")), args.samples or 16
+    if "r1" not in models:
+        raise UserError(f"there is no r1 in {given['out_dir']}: python train.py r1 makes it")
+    problems, found, shares = data.eval_problems(cfg.data, args.problems, "chat"), {}, {}
+    for stage in ("dev3", "r1"):
+        metrics, lines = sample.evaluate(models[stage], tok, problems, k, cfg, cfg.grpo.temperature)
+        found[stage] = metrics["pass@1"]
+        right = torch.tensor([line["right"] for line in lines]).double()
+        shares[stage] = right.view(len(problems), k).mean(dim=1)
+    gains = shares["r1"] - shares["dev3"]
+    mean, half = gains.mean().item(), 1.96 * gains.std().item() / len(gains) ** 0.5
+    return {"tasks": ["chat"], "problems": len(problems), "samples": k,
+            "chat": {**found, "gain": mean, "gain_ci": [mean - half, mean + half]}}
+
+
 def first_problems(ckpt, n, tasks):
     """pass@1, the majority vote and the length of a base in those n held-out problems of each task
     whose samples lie beside its checkpoint, as `sample.evaluate` counts them."""
@@ -369,7 +389,8 @@ def draw(name, runs, path):
 
 COMMANDS = {"shuffle": partial(run_controls, ["shuffled"]),
             "alone": partial(run_controls, ["format_alone", "accuracy_alone", "undivided"]),
-            "passk": passk, "budget": budget, "cooler": cooler, "steps": steps, "unread": unread}
+            "passk": passk, "budget": budget, "cooler": cooler, "steps": steps, "unread": unread,
+            "requests": requests}
 
 
 def read_runs(folders):
