@@ -150,12 +150,12 @@ def test_requests_compares_two_stages_request_by_request(monkeypatch, tmp_path):
     half = 1.96 * (sum((gain - 1 / 8) ** 2 for gain in gains) / 3 / 4) ** 0.5
     assert chat["gain"] == pytest.approx(1 / 8)
     assert chat["gain_ci"] == pytest.approx([1 / 8 - half, 1 / 8 + half])
-    for problems, low, high, verdict in ((500, -0.02, 0.01, "yes"), (4, 0.0, 0.1, "no"),
-                                         (500, -0.03, -0.01, "no")):
-        of = {"tasks": ["chat"], "problems": problems, "chat": {**chat, "gain_ci": [low, high]}}
-        [row] = evidence_rows([{"requests": of}])
-        assert row[3].startswith(verdict if verdict == "yes" else "**no**")
-        assert row[2] == f"62.5 → 75.0 %; points: {100 * low:+.1f} to {100 * high:+.1f}"
+    for problems, gain, verdict in ((500, 0.0, "yes"), (4, 0.1, "**no**"), (500, -0.01, "**no**")):
+        of = {**chat, "gain": gain, "gain_ci": [gain - 0.02, gain + 0.02]}
+        [row] = evidence_rows([{"requests": {**report, "problems": problems, "chat": of}}])
+        points = f"{100 * gain - 2:+.1f} to {100 * gain + 2:+.1f}"
+        assert row[2] == f"62.5 → 75.0 %, a gain of {points} points"
+        assert row[3].startswith(verdict)
     del models["r1"]
     with pytest.raises(UserError, match="no r1"):
         evidence.requests(args, {"out_dir": str(tmp_path)}, "")

@@ -554,10 +554,10 @@ def points_of(key, curve):
 
 
 def gained_in_chat(runs, task):
-    """Right answers of dev3 and r1, and in points what r1 gains, with its 95 % interval."""
+    """Right answers of dev3 and r1, and the 95 % interval of what r1 gains, in points."""
     before, after = (by_seed([run[task][stage] for run in runs]) for stage in ("dev3", "r1"))
     gains = [" to ".join(f"{100 * x:+.1f}" for x in run[task]["gain_ci"]) for run in runs]
-    return f"{before} → {after} %; points: {' / '.join(gains)}"
+    return f"{before} → {after} %, a gain of {' / '.join(gains)} points"
 
 
 def small_models(runs, task):
@@ -661,9 +661,8 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
      "RL (in each task distill's 95 % interval lies wholly above that of small_zero)",
      small_models,
      lambda run, t: run["distill"][t]["pass@1_ci"][0] > run["small_zero"][t]["pass@1_ci"][1]),
-    ("requests", "asked five times as many requests in chat, r1 is right as often as dev3 or more "
-     "often: the 95 % interval of the gain is not all below 0", gained_in_chat,
-     lambda run, t: run["problems"] >= 500 and run[t]["gain_ci"][1] >= 0),
+    ("requests", "asked five times as many requests in chat, r1 is right at least as often as dev3",
+     gained_in_chat, lambda run, t: run["problems"] >= 500 and run[t]["gain"] >= 0),
 ]
 
 
