@@ -75,7 +75,8 @@ def has_format(text):
     if tags != TAGS:
         return False
     before, _, between, answer, after = parts
-    return bool(answer.strip()) and not (before + between + after).strip()
+    visible = any(c.isprintable() for c in answer.strip())  # a zero-width space is not
+    return visible and not (before + between + after).strip()
 
 
 MISS = tuple(word.strip() for word in WORDS["miss"])

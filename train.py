@@ -724,6 +724,7 @@ STAGES = {  # whatever a stage needs is above it; numbers were found by trial an
     "reward_model": Stage(train_reward_model, "sft", "dev3", "dev3", {
         "source_problems": 3000, "sft_steps": 800, "sft_rows": 32}),
     # No division by the std: a reward model's scores never tie, and their noise would be blown up.
+    # A small rate: with twice as much the policy unlearnt copying while it learnt to be friendly.
     "r1": Stage(train_rl, "rl", "dev3", "reward_model", {
         **ALL_SCENARIOS, "rl_lr": 5e-5, "adv_norm": "none"}),
     "small_base": Stage(train_base, "base", None, None, SMALL),
