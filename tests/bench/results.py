@@ -40,7 +40,9 @@ for seed in SEEDS:
     n, end = "" if seed == 1 else seed, f"--seed={seed} --threads=1 --out_dir="
     control = "python tests/bench/evidence.py {} --threads=1 --out_dir={}{}".format
     parts = ["zero", "r1"]
-    CONTROLS[f"requests, seed {seed}"] = [control("requests --problems=500", "out-all", n)]
+    CONTROLS[f"r1's controls, seed {seed}"] = [
+        control(name, "out-all", n)
+        for name in ["requests --problems=500"] + ["budget --problems=100"] * (seed in ABLATED)]
     RUNS[f"seed {seed}"] = [f"python train.py {end}out{seed}"]
     if seed in ABLATED:
         parts.append("dev2_free r1_hacked")
@@ -48,8 +50,7 @@ for seed in SEEDS:
             f"python train.py zero_emoji --base=out{seed}/base/ckpt.pt --eval_every=0 {end}"
             f"out-emoji{n}"]
         CONTROLS[f"controls, seed {seed}"] = [control(name, "out", seed) for name in (
-            "shuffle", "alone", "passk --problems=100 --samples=128", "budget --problems=100",
-            "cooler --problems=100")]
+            "shuffle", "alone", "passk --problems=100 --samples=128", "cooler --problems=100")]
     if seed in SMALL:
         parts.append("distill small_zero")
         OF_A_BASE[f"three tasks, seed {seed}"] = [  # RL on them; countdown is evaluated as well
