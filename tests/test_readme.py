@@ -155,17 +155,15 @@ def test_what_the_readme_says_of_r1_and_of_distillation_is_in_the_results_file()
     pairs = [(stages["distill"][task], stages["small_zero"][task]) for stages in recipe
              if "distill" in stages for task in data.REASONING]
     ahead = [100 * (distill["pass@1"] - rl["pass@1"]) for distill, rl in pairs]
-    level, *ahead = sorted(ahead)
-    assert f"by {ahead[0]:.0f} to {ahead[-1]:.0f} points in eleven of twelve cases" in prose
-    assert abs(level) < 0.2 and "in the twelfth they are level" in prose
+    assert f"by {min(ahead):.0f} to {max(ahead):.0f} points in each of twelve cases" in prose
     greedy = [distill["pass@1_greedy"] - rl["pass@1_greedy"] for distill, rl in pairs]
-    assert sum(x < 0 for x in greedy) == 3 and "Greedily RL wins three of the twelve" in prose
+    assert sum(x < 0 for x in greedy) == 2 and "greedily RL wins two of the twelve" in prose
     mixing = [[stages[stage]["countdown"]["mixes"] for stages in recipe]
               for stage in ("zero", "dev2")]
     before, after = (f"{100 * min(xs):.0f}–{100 * max(xs):.0f}" for xs in mixing)
     assert f"cut mixing from {before} % of countdown completions to {after} %" in prose
     overlap = [distill["pass@1_ci"][0] <= rl["pass@1_ci"][1] for distill, rl in pairs]
-    assert (overlap.count(True), len(pairs)) == (5, 12)  # the level ones among them
+    assert (overlap.count(True), len(pairs)) == (4, 12)
     assert "in four of them the 95 % intervals overlap" in prose
     held = [row[3] == "yes" for row in results.claims(found)[1:]]
     assert f"turns these into {len(held)} claims" in prose
@@ -218,7 +216,7 @@ def test_the_controls_that_the_readme_names_hold_in_every_run():
             ("The format reward alone", "format reward alone: tags"),
             ("ends within a point of the stage", "accuracy reward alone: within a point of zero"),
             ("without division by length and std", "without division by length and std"),
-            ("if thinking is closed by force", "the answer comes from the search"),
+            ("closed by force", "the answer comes from the search"),
             ("RL on arithmetic, logic and code helps", "RL on arithmetic, logic and code helps")):
         assert said in prose and [row[3] for row in rows if row[0].startswith(claim)] == ["yes"]
 
@@ -240,8 +238,9 @@ def test_what_the_readme_says_of_the_corpus_is_what_data_py_prints(capsys):
     attempts, shares = habits.split(": ")
     names, figures = zip(*re.findall("([^,%]+) ([0-9.]+ %)", shares), strict=True)
     table = [" | ".join(map(str.strip, row)) for row in (names, figures)]
-    assert len(names) == 7 and attempts in README and all(f"| {row} |" in README for row in table)
-    assert patience[1:] in " ".join(README.split())  # a capital there
+    prose = " ".join(README.split())
+    assert len(names) == 7 and all(f"| {row} |" in README for row in table)
+    assert attempts in prose and patience[1:] in prose  # a capital there
     example, = [body for _, body in FENCED if body.startswith("User: ")]
     assert example in printed
 
