@@ -70,7 +70,9 @@ def test_what_differs_from_the_right_answer_only_at_its_end_does_not_vote_for_it
     words = "so " * 60
     problem = data.Problem("file", "q", (), words + "right")
     texts = [f"<answer>{words}{end}</answer>" for end in ("wrong", "right", "right", "wrong two")]
-    for order, vote in (([0, 1, 2], True), ([1, 2, 0], True), ([1, 0, 3], False)):
+    # Nor do two that are wrong in different ways vote together: of a tie the first counts.
+    for order, vote in (([0, 1, 2], True), ([1, 2, 0], True), ([1, 0, 3], True),
+                        ([0, 1, 3], False)):
         said = [rewards.verify(problem, texts[i]) for i in order]
         assert sample.majority_vote(said) == vote
 
