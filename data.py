@@ -506,12 +506,13 @@ def leave_out(cfg, tok, room):
     if files and room < 1:
         raise UserError("max_new_tokens leaves no room in the context for prompts: lower it")
     for path, problems in reversed(files.items()):  # `eval_data` first
-        kept = [problem for problem in problems if problem.canonical not in asked
-                and len(prompt_ids(problem, tok, cfg)) <= room]
-        if len(kept) < len(problems):
-            why = f", or they are in {cfg.eval_data} as well" * bool(asked)
-            print(f"{path}: {len(problems) - len(kept)} of {len(problems)} problems are left out: "
-                  f"their prompts are longer than context - max_new_tokens = {room}{why}")
+        fresh = [problem for problem in problems if problem.canonical not in asked]
+        kept = [problem for problem in fresh if len(prompt_ids(problem, tok, cfg)) <= room]
+        for n, why in ((len(problems) - len(fresh), f"which are in {cfg.eval_data} as well"),
+                       (len(fresh) - len(kept), "their prompts are longer than context - "
+                                                f"max_new_tokens = {room}")):
+            if n:
+                print(f"{path}: {n} of {len(problems)} problems are left out, {why}")
         problems[:] = kept
         asked = {problem.canonical for problem in kept}
 

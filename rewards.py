@@ -75,7 +75,7 @@ def has_format(text):
     if tags != TAGS:
         return False
     before, _, between, answer, after = parts
-    visible = any(c.isprintable() for c in answer.strip())  # a zero-width space is not
+    visible = any(c.isprintable() and not c.isspace() for c in answer)  # a zero-width space is not
     return visible and not (before + between + after).strip()
 
 

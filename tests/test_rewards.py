@@ -230,6 +230,7 @@ def test_an_answer_counts_without_thinking_and_after_a_thinking_that_the_prompt_
     ("<answer>b</answer><think>a</think>", 0), ("<think>a<answer>b</answer></think>", 0),
     ("<think>a</think><answer>b", 0), ("<think>a<answer>b</answer>", 0), ("b", 0),
     ("<Think>a</Think><answer>b</answer>", 0), ("<think>a</think><answer>\u200b</answer>", 0),
+    ("<think>a</think><answer>\u200b \u200b</answer>", 0),
     ("<think>a</think><answer>\u6c34</answer>", 1),
     ("<think>a</think><answer>b</answer><answer>c</answer>", 0),
     ("<think>a<think>b</think></think><answer>b</answer>", 0)])

@@ -487,8 +487,8 @@ def claims(results):
          lambda of: after_dev3(of, "r1"),
          lambda s: s["r1"]["win_rate"]["gold"] >= 0.6 and abs(happier(s, "r1")) < 0.05
          and s["r1"]["unsafe"]["pass@1_ci"][0] > s["dev3"]["unsafe"]["pass@1_ci"][1]],
-        ["... and the tasks lose nothing by it (pass@1 in none of them is below dev3's 95 % "
-         "interval)", recipe,
+        ["RL for all scenarios costs the tasks nothing (r1's pass@1 in none of them is below "
+         "dev3's 95 % interval)", recipe,
          lambda of: f"{four(of, 'dev3')} → {four(of, 'r1')} %",
          lambda s: {task: s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
                     for task in data.REASONING}],
@@ -496,7 +496,8 @@ def claims(results):
          "of wins is 5 points or more above gold's, and pass@1 falls by 5 points or more", recipe,
          lambda of: after_dev3(of, "r1_hacked"),
          lambda s: happier(s, "r1_hacked") >= 0.05 and gained(s, "r1_hacked") <= -0.05],
-        ["... while gold reward, which counts friendly words as well, rises above dev3's", recipe,
+        ["where larger steps exploit the reward model, gold reward in chat, which counts friendly "
+         "words as well, rises above dev3's", recipe,
          lambda of: more_gold(of, "r1_hacked"),
          lambda s: s["r1_hacked"]["chat"]["gold_reward"] > s["dev3"]["chat"]["gold_reward"]],
         ["distillation brings a model a quarter as large to within 10 points of r1 in each task",
@@ -662,8 +663,10 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
      "RL (in each task distill's 95 % interval lies wholly above that of small_zero)",
      small_models,
      lambda run, t: run["distill"][t]["pass@1_ci"][0] > run["small_zero"][t]["pass@1_ci"][1]),
-    ("requests", "asked five times as many requests in chat, r1 is right at least as often as dev3",
-     gained_in_chat, lambda run, t: run["problems"] >= 500 and run[t]["gain"] >= 0),
+    ("requests", "of 500 requests in chat (the table's 100 among them) r1 has at least as many "
+     "right as dev3",
+     gained_in_chat,
+     lambda run, t: run["problems"] >= 500 and run[t]["gain"] >= 0),
 ]
 
 
