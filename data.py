@@ -1035,7 +1035,7 @@ def split_pattern(pre_tokenizer):
         case [{"type": "Digits", "individual_digits": True}], True:  # SmolLM2: digits one by one
             return r"\p{N}|\s+(?=\p{N})|" + GPT2_PATTERN
         case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
-               "invert": False}], False:
+               **others}], False if not others.get("invert"):
             return pattern
     return None
 

@@ -22,9 +22,9 @@ estimated from samples:
 
 So sample, and push each sample's log-probs up in proportion to its reward. Any baseline b that does
 not depend on the sample may be subtracted from the reward: E[b grad log pi] = b grad sum_o pi(o) =
-b grad 1 = 0, so the expected gradient stays, and choosing b near the mean reward lowers its
-variance. PPO, the usual algorithm before GRPO, has a second network predict the reward to come at
-each token, and takes that as b; GRPO takes the group's mean (which includes r itself: see below).
+b grad 1 = 0, so the expected gradient stays, and choosing b near the mean reward lowers the
+estimate's variance. PPO, the usual algorithm before GRPO, has a second network predict the reward
+to come at each token, and takes that as b; GRPO takes the group's mean (it includes r: see below).
 
 For every problem q sample o_1 ... o_G from the policy, and reward them with r_1 ... r_G. pi_old is
 the policy that sampled, and stays as it was while pi is trained. All tokens o_t of a completion
@@ -37,12 +37,13 @@ have its advantage A (o_<t: the tokens before). Then
     loss  = mean over completions of the mean over their tokens of  L_t + beta kl_t           (5)
 
 At the first optimiser step on a rollout pi = pi_old: rho_t is 1, nothing is clipped, and since the
-gradient of rho_t is then that of log pi, the gradient of -L_t is A grad log pi, the identity above
-with A for r - b. It is not exactly grad E[r]: the mean of the group includes r itself, which scales
-the expected gradient by (G - 1) / G; dividing by the std weights problems unequally; taking the
-mean over a completion's own tokens weights completions unequally (Dr. GRPO, arXiv 2503.20783, does
-without the last two).
-The clip stops pushing a token once its ratio has moved by eps in the direction of A.
+gradient of rho_t is then that of log pi, that of -L_t is A grad log pi(o_t | q, o_<t). Summed over
+a completion's tokens that is the identity above with A for r - b. Its expectation is not exactly
+grad E[r]: the mean of the group includes r itself, which scales the expected gradient by
+(G - 1) / G; dividing by the std weights problems unequally; taking the mean over a completion's own
+tokens weights completions unequally (Dr. GRPO, arXiv 2503.20783, does without the last two).
+The clip: a token has no gradient from L_t once its ratio is above 1 + eps_high and A > 0, or below
+1 - eps_low and A < 0.
 beta pulls the policy back to the reference while it chases the reward.
 
 Read on in the order in which the code runs: settings, `train_grpo` (the loop), then what it calls:
@@ -157,7 +158,7 @@ def train_grpo(policy, ref, env, run, cfg):
 
         sampled, groups = [], []  # all groups of this step, and those kept for the update
         # By default one round, and all groups are kept. Dynamic sampling adds rounds, each of which
-        # replaces the groups that teach nothing (those of the last round stay).
+        # replaces the groups whose advantages are all 0 (after the last round such groups stay).
         for _ in range(1 + cfg.dynamic_sampling):
             groups = [group for group in groups if any(sample.adv for sample in group)]
             if len(groups) == P:
@@ -193,7 +194,7 @@ def train_grpo(policy, ref, env, run, cfg):
         now = time.time()
         run.seconds += now - t0
         log_step(run, step + 1, sampled, update, now - t0, now - update_t0, cfg)
-        # Saved only if it changes: otherwise a resumed run loads the model that RL began with.
+        # The reference is saved only if it changes: else a resumed run loads what RL began with.
         renewed = ref if cfg.ref_every else None
         run.end_step(step + 1, cfg.rl_steps, policy, optimizers, renewed)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.rl_steps:
@@ -240,14 +241,14 @@ def update_policy(policy, ref, optimizers, groups, cfg, generator):
 
 def optimiser_step(policy, ref, optimizers, batch, cfg):
     """One step on a list of Samples -> its metrics, as floats. If all advantages are 0, no step is
-    taken. Left out: those in MEANS if no sample is left to measure; "skipped" (1: gradients were
-    not finite) if no step was due."""
+    taken, and "skipped" (1: a step was due, but gradients were not finite) is missing; so are those
+    in MEANS if no sample is left to measure."""
     N, device = len(batch), next(policy.parameters()).device
     batch = [sample for sample in batch if not (cfg.mask_truncated and sample.truncated)]
     batch.sort(key=len, reverse=True)  # rows of like length together: little padding
     n_tokens = torch.tensor([len(sample.ids) for sample in batch])
-    # Equation (5) is over the whole batch, so that the gradients of its micro-batches add up to it,
-    # and over all completions: what the filter below drops still counts in the mean.
+    # The weights of equation (5) come from the whole batch: the gradients of micro-batches then add
+    # up to the batch's, and completions that the filter below drops still count in the mean.
     weights = token_weights(n_tokens, N, cfg)
     if cfg.skip_equal or ref is None:
         kept = [i for i, sample in enumerate(batch) if sample.adv]
@@ -343,8 +344,8 @@ def grpo_loss(logp, logp_old, logp_ref, adv, mask, cfg, weights=None):
     if logp_ref is not None:
         ref_log_ratio = (logp_ref - logp).masked_fill(~mask, 0.0)
         kl = ref_log_ratio.exp() - ref_log_ratio - 1
-    # k3 times the ratio has both the value and the gradient of KL(pi || pi_ref). (Written out: a
-    # variant that changes `ratio` must not change the KL.)
+    # k3 times the ratio has both the value and the gradient of KL(pi || pi_ref). (log_ratio.exp(),
+    # not `ratio`: a variant that changes `ratio` must not change the KL.)
     kl_loss = log_ratio.exp() * kl if cfg.kl_loss == "k3_ratio" else kl
 
     # (5)

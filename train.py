@@ -661,7 +661,8 @@ def annotate(run, held_out):
     problems, texts = source_samples(run, data.GENERAL, held_out)
     rng, _ = generators(run.seed, run.name, "annotators", held_out)
     # The reward model must see faults that dev3 rarely makes, but RL would find: of eight answers
-    # one is to another request, which ends alike, and two are the answer before them with a slip.
+    # one is to a request that ends with the same words but asks for something else, and two are
+    # the answer before them with a slip.
     order = sorted(range(len(problems)), key=lambda i: problems[i].question.split()[::-1])
     strays = {}
     for place, i in enumerate(order):

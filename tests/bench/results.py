@@ -487,11 +487,12 @@ def claims(results):
          lambda of: after_dev3(of, "r1"),
          lambda s: s["r1"]["win_rate"]["gold"] >= 0.6 and abs(happier(s, "r1")) < 0.05
          and s["r1"]["unsafe"]["pass@1_ci"][0] > s["dev3"]["unsafe"]["pass@1_ci"][1]],
-        ["RL for all scenarios costs the tasks nothing (r1's pass@1 in none of them is below "
+        ["RL for all scenarios costs nothing (r1's pass@1 in chat and in each task is not below "
          "dev3's 95 % interval)", recipe,
-         lambda of: f"{four(of, 'dev3')} → {four(of, 'r1')} %",
+         lambda of: f"chat {get(of, 'dev3', task='chat')} → {get(of, 'r1', task='chat')}; tasks "
+         f"{four(of, 'dev3')} → {four(of, 'r1')} %",
          lambda s: {task: s["r1"][task]["pass@1"] >= s["dev3"][task]["pass@1_ci"][0]
-                    for task in data.REASONING}],
+                    for task in ("chat", *data.REASONING)}],
         ["larger steps, divided by the std, exploit the reward model: in chat its rate "
          "of wins is 5 points or more above gold's, and pass@1 falls by 5 points or more", recipe,
          lambda of: after_dev3(of, "r1_hacked"),
@@ -643,9 +644,11 @@ EVIDENCE = [  # command, claim, its figures, its check of a run and task: as str
      lambda run, t: operator.gt(*one_and_best(run, t))),
     ("budget", "the answer comes from the search: closed by force after 8, 16, 32, ... 256 tokens, "
      "and at 340, the limit itself, pass@1 of zero (and r1, if there) rises from each limit to the "
-     "next, or falls by a point at most; over all by 70 or more (the figures are zero's, means)",
+     "next, or falls by a point at most; over all by 80 or more, in logic, where guesses are right "
+     "now and then, by 70 (set after seeing it; the figures are zero's, means)",
      points_of("budget", "zero"),
-     lambda run, t: all(rises(curve.values(), 0.01, 0.7) for curve in run["budget"][t].values())),
+     lambda run, t: all(rises(curve.values(), 0.01, 0.7 if t == "logic" else 0.8)
+                        for curve in run["budget"][t].values())),
     ("cooler", "much of the skill is in the base's likeliest continuations (80 % right or more at "
      "T = 0.05, tags ignored; threshold set after seed 1)",
      both(ends("cooler", "base, tags ignored"), "tags demanded", ends("cooler", "base")),
